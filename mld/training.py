@@ -144,7 +144,7 @@ def stop_signals() -> Iterator[list]:
 class Diverged(RuntimeError):
     "Training stopped because a loss was NaN, infinite or exploding."
 
-# %% ../nbs/06_training.ipynb #add086be
+# %% ../nbs/06_training.ipynb #9732777a
 class Trainer:
     "Minimise a loss over data in memory; see `train`."
     look = 10  # steps between looks at the losses
@@ -157,12 +157,12 @@ class Trainer:
         self.opt = torch.optim.Adam(model.parameters(), how.lr, fused=True)
         self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(how.ema)) if how.ema else None
         self.generator = torch.Generator(self.device).manual_seed(seed)
-        self.step, self.history, self.recent, self.level = 0, [], [], None
+        self.step, self.seconds, self.history, self.recent, self.level = 0, 0., [], [], None
 
     def state(self) -> dict:
         "Everything that the next step depends on."
         return {"model": self.model.state_dict(), "ema": self.ema and self.ema.state_dict(), "opt": self.opt.state_dict(),
-                "step": self.step, "history": self.history, "level": self.level,
+                "step": self.step, "seconds": self.seconds, "history": self.history, "level": self.level,
                 "rng": [self.generator.get_state(), torch.get_rng_state()],
                 "config": json.dumps(self.config, sort_keys=True)}
 
@@ -171,7 +171,7 @@ class Trainer:
         self.model.load_state_dict(state["model"]), self.opt.load_state_dict(state["opt"])
         if self.ema: self.ema.load_state_dict(state["ema"])
         self.generator.set_state(state["rng"][0].cpu()), torch.set_rng_state(state["rng"][1].cpu())
-        self.step, self.history, self.level = state["step"], state["history"], state["level"]
+        for name in ("step", "seconds", "history", "level"): setattr(self, name, state[name])
 
     def one_step(self, index: Tensor) -> None:
         "Loss, gradient, optimiser, average."
@@ -199,7 +199,7 @@ class Trainer:
         means = [sum(column) / len(values) for column in zip(*values)]
         self.level, self.recent = sum(means), []
         if len(self.history) == 0 or self.step - self.history[-1]["step"] >= self.how.steps // 200:
-            self.history.append({"step": self.step, **dict(zip(names, means))})
+            self.history.append({"step": self.step, "seconds": self.seconds, **dict(zip(names, means))})
         return self.level
 
     def save(self) -> None:
@@ -212,7 +212,9 @@ class Trainer:
         index, saved = batches(self.n, self.how.batch_size, self.seed, self.step), time.monotonic()
         with stop_signals() as stop, bar:
             while self.step < self.how.steps:
+                begun = time.monotonic()
                 self.one_step(next(index))
+                self.seconds += time.monotonic() - begun
                 last = self.step == self.how.steps
                 due = last or stop or time.monotonic() - saved > every
                 if due or self.step % self.look == 0: bar.set_postfix(loss=f"{self.check():.4g}", refresh=False)
@@ -234,7 +236,7 @@ def train(
     every: float = 30.,                # seconds between checkpoints
     label: str = "train",              # of the progress bar
     progress: bool = True,
-) -> list[dict]:                       # losses by name at about 200 steps
+) -> list[dict]:                       # step, seconds and losses by name, about 200 times
     "Train, resuming if there is a checkpoint. Raises `Diverged`, and `KeyboardInterrupt` after saving."
     model.train()
     with torch.random.fork_rng():
