@@ -74,7 +74,7 @@ class Settings:
     n_joint: int = 1000                 # joint samples
     n_given: int = 1000                 # held-out conditions, each used for every subset
 
-# %% ../nbs/40_experiment.ipynb #c03b1409
+# %% ../nbs/40_experiment.ipynb #7ff425d9
 @dataclass(frozen=True)
 class Preset:
     "A named set of settings and what it costs."
@@ -89,7 +89,7 @@ PAPER = replace(LAPTOP, architecture="polymnist", latent=160, likelihood="laplac
                 steps=468_000, lr=1e-4, warmup=0, cooldown=0., clip=None,
                 samplers={"repaint": {"steps": 250, "length": 10, "passes": 10}, "em": {"steps": 250}})
 PRESETS: dict[str, dict[str, Preset]] = {"polydigits": {
-    "smoke": Preset(SMOKE, "under 1 minute"), "laptop": Preset(LAPTOP, "10 minutes"), "paper": Preset(PAPER, "weeks; wants a GPU")}}
+    "smoke": Preset(SMOKE, "under 1 minute"), "laptop": Preset(LAPTOP, "12 minutes"), "paper": Preset(PAPER, "weeks; wants a GPU")}}
 
 def settings_for(
     table: str,
