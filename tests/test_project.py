@@ -72,7 +72,7 @@ def test_every_module_has_a_notebook(root):
     for path in (root / "mld").rglob("*.py"):
         if path.name in ("__init__.py", "_modidx.py"):
             continue
-        source = re.search(r"File to edit: (\S+)", path.read_text())
+        source = re.search(r"File to edit: (\S+?\.ipynb)", path.read_text())
         assert source and (path.parent / source[1]).resolve().exists(), f"{path} has no notebook"
 
 
