@@ -111,7 +111,7 @@ def compare_settings(settings: Settings, other: Settings) -> pd.DataFrame:
     return pd.DataFrame({"setting": list(ours), "here": map(str, ours.values()), "paper": map(str, theirs.values()),
                          "differs": ["*" if ours[k] != theirs[k] else "" for k in ours]}).set_index("setting")
 
-# %% ../nbs/40_experiment.ipynb #1907c2eb
+# %% ../nbs/40_experiment.ipynb #64d5c68d
 def key_of(settings: Mapping) -> str:
     "Twelve hexadecimal digits that stand for these settings."
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
@@ -134,7 +134,10 @@ def run_stage(
     folder = Path(root) / f"{name}-{key_of(settings)}"
     folder.mkdir(parents=True, exist_ok=True)
     with one_writer(folder / "lock"):
-        try: tensors, config = load_weights(folder / "result.safetensors")
+        try:
+            tensors, config = load_weights(folder / "result.safetensors")
+            if config.get("settings") != json.loads(json.dumps(settings)):
+                raise CorruptFile(f"{folder / 'result.safetensors'} was made with other settings")
         except CorruptFile as e:
             warnings.warn(f"{e}; put aside as result.corrupt and made again")
             (folder / "result.safetensors").replace(folder / "result.corrupt")
