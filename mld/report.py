@@ -5,13 +5,11 @@ __all__ = ['read_rows', 'by_case', 'spread', 'result_table', 'paper_values', 'sh
            'show_joint', 'show_cross', 'show_failures', 'show_cost']
 
 # %% ../nbs/41_report.ipynb #d2766746
-from collections.abc import Sequence
 from pathlib import Path
 import pandas as pd
 import torch
-from torch import Tensor
 from .data.dataset import show_tuples
-from .experiment import PRESETS, ROW, Run, read_row_file
+from .experiment import ROW, Run, read_row_file
 from .metrics.coherence import read
 
 # %% ../nbs/41_report.ipynb #be0f2a4f

@@ -1,6 +1,4 @@
 "The command line and papermill, as a newcomer would use and misuse them."
-import json
-import os
 import subprocess
 import sys
 import time

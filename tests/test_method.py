@@ -1,11 +1,11 @@
-"The method on exact data, and its samplers against an independent implementation."
+"The method on exact data: what training reaches, and what samplers promise."
 import pytest
 import torch
 
 from mld.denoiser import Denoiser, draw_per_sample
 from mld.nets import MLPUNet
-from mld.samplers import SAMPLERS, dpm_solver, euler_maruyama
-from mld.sde import VPProcess, logit_normal, uniform
+from mld.samplers import SAMPLERS, dpm_solver
+from mld.sde import logit_normal, uniform
 from mld.toy import ExactEps, Mixture, coherence, energy_distance
 from mld.training import Training, train
 

@@ -1,4 +1,5 @@
 "The repository agrees with itself: configuration files, notebooks and package, README and index."
+import ast
 import configparser
 import re
 import shutil
@@ -89,15 +90,38 @@ def test_table_notebooks_have_one_parameters_cell_and_no_outputs(root, folder):
         assert set(imported) <= {"mld", "pandas"}, f"{path} imports {imported}"
 
 
+def used_modules(path, root):
+    "Top-level modules of mld that a module imports, whether it names them relatively (as nbdev exports them) or not."
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        package = path.relative_to(root).parent.parts
+        base = package[:len(package) - node.level + 1] if node.level else ()
+        parts = (*base, *(node.module or "").split("."))
+        if parts[0] == "mld" and len(parts) > 1 and parts[1]:
+            yield parts[1]
+
+
 def test_imports_go_one_way(root):
     order = ["modality", "sde", "toy", "nets", "denoiser", "samplers", "training", "autoencoders", "model", "data", "metrics", "baselines",
              "experiment", "report", "cli"]
+    found = 0
     for path in (root / "mld").rglob("*.py"):
         here = path.relative_to(root / "mld").with_suffix("").parts[0]
-        if here not in order:
-            continue
-        for used in re.findall(r"^\s*from mld\.(\w+)", path.read_text(), re.M):
+        for used in used_modules(path, root) if here in order else ():
+            found += 1
             assert order.index(used) <= order.index(here), f"{path} imports mld.{used}"
+    assert found > 20, "the imports were not read"
+
+
+def test_every_import_is_a_requirement(root):
+    wanted = {re.split(r"[><=]", d)[0] for d in pyproject(root)["project"]["dependencies"]}
+    called = {"PIL": "pillow", "sklearn": "scikit-learn"}
+    for path in (root / "mld").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for top in {n.split(".")[0] for n in names} - set(sys.stdlib_module_names) - {"mld", "nbformat"}:  # nbformat: of nbconvert
+                assert called.get(top, top) in wanted, f"{path} imports {top}, which pyproject.toml does not require"
 
 
 def test_readme_and_index_say_the_same(root):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 import torch
 from torch import Tensor
-from ..modality import Modality, check_batch, to_unit
+from ..modality import Modality, to_unit
 
 # %% ../../nbs/10_dataset.ipynb #8e728399
 @dataclass(frozen=True)
