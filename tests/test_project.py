@@ -136,3 +136,12 @@ def test_readme_names_the_two_commands(root):
         assert f"make {command}" in readme and re.search(rf"^{command}:", make, re.M)
     ci = (root / ".ci" / "run").read_text()
     assert "make test" in ci and "make demo PRESET=smoke" in ci
+
+
+def test_prose_is_prose(root):
+    "A cell written by a script may keep the marks of a comment, and then every line of it is shown as a heading."
+    for path in notebooks(root):
+        for cell in nbformat.read(path, 4).cells:
+            if cell.cell_type == "markdown":
+                assert sum(line.startswith("# ") for line in cell.source.split("\n")) <= 1, f"{path}: {cell.source[:80]!r}"
+                assert not cell.source.startswith("# #"), f"{path}: {cell.source[:80]!r}"
