@@ -37,6 +37,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'mld.data.polydigits.digits': ('polydigits.html#digits', 'mld/data/polydigits.py'),
                                      'mld.data.polydigits.grounds': ('polydigits.html#grounds', 'mld/data/polydigits.py'),
                                      'mld.data.polydigits.make_tuples': ('polydigits.html#make_tuples', 'mld/data/polydigits.py'),
+                                     'mld.data.polydigits.over': ('polydigits.html#over', 'mld/data/polydigits.py'),
+                                     'mld.data.polydigits.photos': ('polydigits.html#photos', 'mld/data/polydigits.py'),
                                      'mld.data.polydigits.polydigits': ('polydigits.html#polydigits', 'mld/data/polydigits.py'),
                                      'mld.data.polydigits.split_digits': ('polydigits.html#split_digits', 'mld/data/polydigits.py')},
             'mld.denoiser': { 'mld.denoiser.Denoiser': ('denoiser.html#denoiser', 'mld/denoiser.py'),

@@ -9,7 +9,7 @@ __all__ = ['polymnist_encoder', 'polymnist_decoder', 'conv_bn_encoder', 'conv_bn
 from pathlib import Path
 import torch
 from torch import Tensor, nn
-from .modality import Modality, register_architecture, to_unit
+from .modality import Column, Modality, register_architecture, to_unit
 from .training import Training, train
 
 # %% ../nbs/07_autoencoders.ipynb #0eab3892
@@ -34,7 +34,7 @@ def conv_bn_encoder(m: Modality, width: int = 32, hidden: int = 256) -> nn.Modul
     return nn.Sequential(
         nn.Conv2d(m.shape[0], width, 4, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
         nn.Conv2d(width, 2 * width, 4, 2, 1, bias=False), nn.BatchNorm2d(2 * width), nn.ReLU(), nn.Flatten(),
-        nn.Linear(98 * width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, m.latent))
+        nn.Linear(98 * width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, m.latent), nn.BatchNorm1d(m.latent, affine=False))
 
 def conv_bn_decoder(m: Modality, width: int = 32, hidden: int = 256) -> nn.Module:
     "Decoder for (C, 28, 28) with batch normalisation."
@@ -49,24 +49,31 @@ register_architecture("conv_bn", conv_bn_encoder, conv_bn_decoder)
 # %% ../nbs/07_autoencoders.ipynb #ff78f763
 class Autoencoder(nn.Module):
     "The encoder and decoder of one modality."
-    def __init__(self, modality: Modality):
+    def __init__(
+        self,
+        modality: Modality,
+        noise: float = 0.,  # standard deviation of what is added to latents in training
+    ):
         super().__init__()
-        self.modality, self.encoder, self.decoder = modality, modality.encoder(), modality.decoder()
+        self.modality, self.noise, self.encoder, self.decoder = modality, noise, modality.encoder(), modality.decoder()
 
     def forward(self, x: Tensor) -> Tensor:
         "Reconstruction, of the shape of x."
         return self.decoder(self.encoder(x))
 
-    def loss(self, batch: dict[str, Tensor], generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         "Mean negative log-likelihood of `batch['x']` (bytes or floats), under the modality's name."
         x = to_unit(batch["x"])
-        return {self.modality.name: self.modality.loss(x, self(x).float()).mean()}
+        z = self.encoder(x)
+        if self.noise: z = z + self.noise * torch.randn(z.shape, generator=generator, device=z.device)
+        return {self.modality.name: self.modality.loss(x, self.decoder(z).float()).mean()}
 
 def fit_autoencoder(
     modality: Modality,
-    x: Tensor,                         # training data, (N, *shape), bytes or floats
+    x: Tensor | Column,                # training data, (N, *shape), bytes or floats
     how: Training,
     *,
+    noise: float = 0.,                 # on the latents, while training
     seed: int = 0,
     folder: str | Path | None = None,  # of checkpoints
     device: torch.device | str = "cpu",
@@ -76,6 +83,7 @@ def fit_autoencoder(
     modality.check(to_unit(x[:256]))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = Autoencoder(modality).to(device)
-    history = train(model, model.loss, {"x": x}, how, seed=seed, folder=folder, label=f"autoencoder {modality.name}", progress=progress)
+        model = Autoencoder(modality, noise).to(device)
+    history = train(model, model.loss, {"x": x}, how, seed=seed, folder=folder, config={"noise": noise},
+                    label=f"autoencoder {modality.name}", progress=progress)
     return model, history

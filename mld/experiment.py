@@ -42,13 +42,14 @@ class Settings:
     data_seed: int = 0                  # of splits and pairings
     # autoencoders, shared by all seeds of a table
     architecture: str = "conv_bn"       # a name in `ARCHITECTURES`
-    latent: int = 24                    # of each view
+    latent: int = 16                    # of each view
     likelihood: str = "gaussian"        # a name in `LIKELIHOODS`
     ae_steps: int = 1250
     ae_batch: int = 256
     ae_lr: float = 4e-3
     ae_cooldown: float = .7
     ae_precision: str = "bf16"          # or "fp32"
+    ae_noise: float = .3                # on the latents, while training
     # classifiers, shared by all seeds of a table
     clf_steps: int = 700
     clf_batch: int = 128
@@ -87,7 +88,7 @@ LAPTOP = Settings()
 SMOKE = replace(LAPTOP, n_train=2000, n_val=200, n_test=200, ae_steps=60, ae_batch=64, clf_steps=60, width=128, time_width=64,
                 steps=150, warmup=20, ema=.98, n_joint=100, n_given=50, samplers={"em": {"steps": 25}, "dpm": {"steps": 10}})
 PAPER = replace(LAPTOP, architecture="polymnist", latent=160, likelihood="laplace", ae_steps=93_600, ae_batch=128, ae_lr=1e-3,
-                ae_cooldown=0., ae_precision="fp32", precision="fp32", width=1536, time_width=512, groups=32, predict="eps", draw="batch", times="uniform", p_joint=.8,
+                ae_cooldown=0., ae_precision="fp32", ae_noise=0., precision="fp32", width=1536, time_width=512, groups=32, predict="eps", draw="batch", times="uniform", p_joint=.8,
                 steps=468_000, lr=1e-4, warmup=0, cooldown=0., clip=None,
                 samplers={"repaint": {"steps": 250, "length": 10, "passes": 10}, "em": {"steps": 250}})
 PRESETS: dict[str, dict[str, Preset]] = {"polydigits": {
@@ -223,9 +224,10 @@ class Run:
         s = self.settings
         how = Training(s.ae_steps, s.ae_batch, s.ae_lr, cooldown=s.ae_cooldown, precision=s.ae_precision)
         def make(m, folder):
-            model, history = fit_autoencoder(m, self.data.train.batch[m.name], how, folder=folder, device=self.device, progress=self.progress)
+            model, history = fit_autoencoder(m, self.data.train.batch[m.name], how, noise=s.ae_noise, folder=folder, device=self.device,
+                                             progress=self.progress)
             return model.state_dict(), {"history": history, "seconds": history[-1]["seconds"]}
-        return {m.name: run_stage(self.stages, f"autoencoder-{m.name}", {"data": self.train_key, "modality": asdict(m), **asdict(how)},
+        return {m.name: run_stage(self.stages, f"autoencoder-{m.name}", {"data": self.train_key, "modality": asdict(m), "noise": s.ae_noise, **asdict(how)},
                                   lambda folder, m=m: make(m, folder)) for m in self.data.modalities}
 
     @cached_property

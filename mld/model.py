@@ -83,6 +83,7 @@ def fit_autoencoders(
     data: Mapping[str, Tensor],         # name -> (N, *shape), all modalities; bytes or floats
     how: Training | Mapping[str, Training],  # for all, or by name
     *,
+    noise: float = 0.,                  # on the latents, while training
     seed: int = 0,
     folder: str | Path | None = None,   # of checkpoints, one folder a modality
     progress: bool = True,
@@ -92,7 +93,7 @@ def fit_autoencoders(
     histories = {}
     for m in self.modalities:
         model, histories[m.name] = fit_autoencoder(
-            m, data[m.name], how if isinstance(how, Training) else lookup("modality", m.name, how), seed=seed,
+            m, data[m.name], how if isinstance(how, Training) else lookup("modality", m.name, how), noise=noise, seed=seed,
             folder=folder and Path(folder) / m.name, device=self.device, progress=progress)
         self.autoencoders[m.name] = model
     self.standardise(encode_all(self.autoencoders, data))
