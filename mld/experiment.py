@@ -215,8 +215,8 @@ class Run:
         return load_dataset(self.settings.dataset, seed=self.settings.data_seed,
                             **self.pick("views", "n_train", "n_val", "n_test", "architecture", "latent", "likelihood"))
 
-    @property
-    def train_key(self) -> dict: return self.pick("dataset", "views", "n_train", "data_seed")
+    @cached_property
+    def data_key(self) -> dict: return {"name": self.data.name, "source": self.data.source, "content": self.data.fingerprint()}
 
     @cached_property
     def autoencoder_stages(self) -> dict[str, Stage]:
@@ -227,7 +227,7 @@ class Run:
             model, history = fit_autoencoder(m, self.data.train.batch[m.name], how, noise=s.ae_noise, folder=folder, device=self.device,
                                              progress=self.progress)
             return model.state_dict(), {"history": history, "seconds": history[-1]["seconds"]}
-        return {m.name: run_stage(self.stages, f"autoencoder-{m.name}", {"data": self.train_key, "modality": asdict(m), "noise": s.ae_noise, **asdict(how)},
+        return {m.name: run_stage(self.stages, f"autoencoder-{m.name}", {"data": self.data_key, "modality": asdict(m), "noise": s.ae_noise, **asdict(how)},
                                   lambda folder, m=m: make(m, folder)) for m in self.data.modalities}
 
     @cached_property
@@ -239,7 +239,7 @@ class Run:
             model = fit_classifier(m, self.data.train.batch[m.name], self.data.train.labels, how, folder=folder,
                                    device=self.device, progress=self.progress)
             return model.state_dict(), {"classes": int(self.data.train.labels.max()) + 1}
-        return {m.name: run_stage(self.stages, f"classifier-{m.name}", {"data": self.train_key, "shape": m.shape, **asdict(how)},
+        return {m.name: run_stage(self.stages, f"classifier-{m.name}", {"data": self.data_key, "shape": m.shape, **asdict(how)},
                                   lambda folder, m=m: make(m, folder)) for m in self.data.modalities}
 
     @cached_property
@@ -259,7 +259,7 @@ class Run:
             train = model.standardise(encode_all(model.autoencoders, self.data.train.batch))
             return {"train": train, "test": model.encode(self.data.test.batch), "mean": model.mean, "std": model.std}, {}
         inputs = {name: stage.key for name, stage in self.autoencoder_stages.items()}
-        return run_stage(self.stages, "latents", {"autoencoders": inputs, **self.pick("n_test")}, make)
+        return run_stage(self.stages, "latents", {"autoencoders": inputs}, make)
 
     def new_model(self) -> MLD:
         "The model with trained autoencoders and an untrained score network."
@@ -317,7 +317,7 @@ class Run:
                                   sampler=sampler, seed=1000 * self.seed + index, **options)
             return {"z": z}, {"nfe": self.model.denoiser.calls, "seconds": time.monotonic() - started}
         settings = {"score": self.score.key, "sampler": sampler, "options": options, "given": given, "seed": self.seed,
-                    **(self.pick("n_given", "n_test") if given else self.pick("n_joint"))}
+                    **(self.pick("n_given") if given else self.pick("n_joint"))}
         return run_stage(self.stages, "samples", settings, make)
 
     def keep(self, name: str, axes):
@@ -376,7 +376,7 @@ def rows_of(run: Run) -> pd.DataFrame:
     samples = {f"{s} {g}": run.samples(s, g).key for s in run.settings.samplers for g in ((), *subsets(run.data.names, strict=True))}
     readers = {k: stage.key for k, stage in run.classifier_stages.items()}
     stage = run_stage(run.stages, "rows", {"samples": samples, "readers": readers, "preset": run.preset, "table": run.table,
-                                           **run.pick("n_val", "n_test", "n_given", "n_joint")}, make)
+                                           **run.pick("n_given", "n_joint")}, make)
     write_rows(run.folder / "rows.csv", pd.DataFrame(stage.info["rows"]))
     return read_row_file(run.folder / "rows.csv")
 

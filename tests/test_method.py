@@ -25,7 +25,7 @@ def trained(toy):
     def loss(batch, generator):
         t = draw_per_sample(len(batch["z"]), 3, logit_normal, .5, generator)
         return dict(zip("abc", denoiser.loss(batch["z"], t, torch.randn(batch["z"].shape, generator=generator))))
-    train(denoiser, loss, {"z": z}, Training(1500, 256, lr=2e-3, warmup=100, cooldown=.5, clip=1., ema=.99), progress=False)
+    train(denoiser, loss, {"z": z}, Training(2400, 512, lr=2.5e-3, warmup=100, cooldown=.5, clip=1., ema=.997), progress=False)
     return denoiser
 
 
@@ -34,12 +34,11 @@ def sample(denoiser, sampler, n=2000, given=(False,) * 3, z=None, **options):
     return SAMPLERS[sampler](denoiser, z, torch.tensor(given), generator=torch.Generator().manual_seed(2), **options)
 
 
-def test_a_minute_of_training_is_far_from_chance_and_close_to_the_data(toy, trained):
+def test_a_minute_of_training_reaches_three_quarters_of_the_ceiling_and_stays_close_to_the_data(toy, trained):
     real, _ = toy.sample(20_000, torch.Generator().manual_seed(3))
-    ceiling, got = coherence(toy, real), coherence(toy, sample(trained, "em", steps=250))
-    print(f"joint coherence {got:.3f}, ceiling {ceiling:.3f}")
-    assert got >= .4 * ceiling  # chance is .01
-    assert energy_distance(sample(trained, "em", steps=250), real[:4000]) < .05
+    made = sample(trained, "em", n=4000, steps=250)
+    assert coherence(toy, made) >= .75 * coherence(toy, real)  # chance is .01
+    assert energy_distance(made, real[:4000]) < .02
 
 
 def test_the_exact_loss_is_the_floor(toy, trained):

@@ -8,6 +8,7 @@ __all__ = ['SOURCES', 'DATASETS', 'Split', 'DataSet', 'show_tuples', 'register_d
 # %% ../../nbs/10_dataset.ipynb #63e34735
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+import hashlib
 import torch
 from torch import Tensor
 from ..modality import Column, Modality, lookup, to_unit
@@ -37,6 +38,15 @@ class DataSet:
 
     @property
     def names(self) -> list[str]: return [m.name for m in self.modalities]
+
+    def fingerprint(self, rows: int = 256) -> str:
+        "Sixteen hexadecimal digits that stand for the content: sizes, and some rows from all over each split."
+        digest = hashlib.sha256()
+        for split in (self.train, self.val, self.test):
+            pick = torch.linspace(0, len(split) - 1, min(rows, len(split))).long()
+            for x in (*split.batch.values(), split.labels):
+                digest.update(f"{tuple(x.shape)} {x[pick].dtype}".encode()), digest.update(x[pick].contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
 # %% ../../nbs/10_dataset.ipynb #d4aa86af
 def show_tuples(
