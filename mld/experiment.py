@@ -44,7 +44,7 @@ class Settings:
     architecture: str = "conv_bn"       # a name in `ARCHITECTURES`
     latent: int = 16                    # of each view
     likelihood: str = "gaussian"        # a name in `LIKELIHOODS`
-    ae_steps: int = 1250
+    ae_steps: int = 1000
     ae_batch: int = 256
     ae_lr: float = 4e-3
     ae_cooldown: float = .7
@@ -63,9 +63,9 @@ class Settings:
     draw: str = "sample"                # subsets drawn per "sample" or per "batch"
     times: str = "logit_normal"         # law of t
     p_joint: float = .5                 # how often nothing is given
-    steps: int = 6000
-    batch_size: int = 256
-    lr: float = 2e-3
+    steps: int = 5000
+    batch_size: int = 512
+    lr: float = 1.5e-3
     warmup: int = 200
     cooldown: float = .5
     clip: float | None = 1.
@@ -73,7 +73,7 @@ class Settings:
     precision: str = "bf16"             # or "fp32"
     # sampling and measuring
     samplers: dict = field(default_factory=lambda: {
-        "repaint": {"steps": 36, "length": 8, "passes": 3}, "dpm": {"steps": 20}, "em": {"steps": 100}})  # name -> its options
+        "repaint": {"steps": 25, "length": 5, "passes": 4}, "em": {"steps": 50}, "dpm": {"steps": 20}})  # name -> its options
     n_joint: int = 1000                 # joint samples
     n_given: int = 1000                 # held-out conditions, each used for every subset
 
@@ -86,10 +86,10 @@ class Preset:
 
 LAPTOP = Settings()
 SMOKE = replace(LAPTOP, n_train=2000, n_val=200, n_test=200, ae_steps=60, ae_batch=64, clf_steps=60, width=128, time_width=64,
-                steps=150, warmup=20, ema=.98, n_joint=100, n_given=50, samplers={"em": {"steps": 25}, "dpm": {"steps": 10}})
+                batch_size=256, steps=150, warmup=20, ema=.98, n_joint=100, n_given=50, samplers={"em": {"steps": 25}, "dpm": {"steps": 10}})
 PAPER = replace(LAPTOP, architecture="polymnist", latent=160, likelihood="laplace", ae_steps=93_600, ae_batch=128, ae_lr=1e-3,
                 ae_cooldown=0., ae_precision="fp32", ae_noise=0., precision="fp32", width=1536, time_width=512, groups=32, predict="eps", draw="batch", times="uniform", p_joint=.8,
-                steps=468_000, lr=1e-4, warmup=0, cooldown=0., clip=None,
+                steps=468_000, lr=1e-4, warmup=0, cooldown=0., clip=None, batch_size=256,
                 samplers={"repaint": {"steps": 250, "length": 10, "passes": 10}, "em": {"steps": 250}})
 PRESETS: dict[str, dict[str, Preset]] = {"polydigits": {
     "smoke": Preset(SMOKE, "under 1 minute"), "laptop": Preset(LAPTOP, "12 minutes"), "paper": Preset(PAPER, "weeks; wants a GPU")}}
