@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 import mld
 from .autoencoders import Autoencoder, fit_autoencoder
-from .data import polydigits  # registers itself in DATASETS
+from .data import celebamask_hq, cub, polydigits  # they register themselves
 from .data.dataset import DataSet, load_dataset
 from .metrics.coherence import Classifier, conditional_coherence, fit_classifier, joint_coherence, read
 from .metrics.frechet import Moments, classifier_moments, frechet_distance
@@ -295,7 +295,7 @@ class Run:
 
     def moments(self, name: str, x: Tensor) -> Moments:
         "Of the classifier features of some data of one modality."
-        return classifier_moments(self.classifiers[name], x.to(self.device))
+        return classifier_moments(self.classifiers[name], x)
 
     @cached_property
     def reference(self) -> dict[str, Moments]:
@@ -335,7 +335,7 @@ def coherence_rows(
     labels: Tensor | None = None,   # true classes, when there is something that was given
 ) -> list[dict]:                    # metric, target, value, n
     "Joint coherence of a batch that holds all modalities; with labels, conditional coherence of each."
-    seen = {k: c.cpu() for k, c in read(run.classifiers, {k: x.to(run.device) for k, x in batch.items()}).items()}
+    seen = {k: c.cpu() for k, c in read(run.classifiers, batch).items()}
     values = {"joint": joint_coherence(seen)} if set(batch) == set(run.data.names) else {}
     if labels is not None: values |= conditional_coherence(seen, labels)
     return [{"metric": "coherence", "target": k, "value": v, "n": len(seen[next(iter(seen))])} for k, v in values.items()]
@@ -352,7 +352,7 @@ def measure(run: Run) -> list[dict]:
     "All numbers of a run, without the columns that are the same for all of them."
     names, real = run.data.names, run.conditions()
     labels = run.data.test.labels[:run.settings.n_given]
-    back = run.model.decode(run.model.encode({k: x.to(run.device) for k, x in real.items()}))
+    back = run.model.decode(run.model.encode(real))
     floor = run.data.val.rows(slice(0, run.settings.n_joint))
     bound = {"given": "", "sampler": "", "nfe": 0, "seconds": 0.}
     rows = [{"model": "real", **bound, **r} for r in coherence_rows(run, real, labels) + fmd_rows(run, floor)]
@@ -360,7 +360,7 @@ def measure(run: Run) -> list[dict]:
     for sampler in run.settings.samplers:
         for given in ((), *subsets(names, strict=True)):
             stage = run.samples(sampler, given)
-            batch = run.model.decode(stage.tensors["z"].to(run.device), [m for m in names if m not in given])
+            batch = run.model.decode(stage.tensors["z"], [m for m in names if m not in given])
             facts = {"model": "MLD", "sampler": sampler, "given": ",".join(given), **stage.info}
             rows += [{**facts, **r} for r in coherence_rows(run, batch, labels if given else None) + fmd_rows(run, batch)]
     return rows

@@ -8,13 +8,14 @@ __all__ = ['MLD', 'encode_all', 'latent_statistics']
 # %% ../nbs/08_model.ipynb #213da60c
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from .autoencoders import Autoencoder, fit_autoencoder
 from .denoiser import DRAWS, Denoiser, in_halves
-from .modality import Modality, check_batch, join, lookup, split, to_unit
+from .modality import ARCHITECTURES, Column, Modality, check_batch, join, lookup, split, to_unit
 from .nets import NETS
 from .samplers import SAMPLERS
 from .sde import TIMES, VPProcess
@@ -52,14 +53,16 @@ class MLD(nn.Module):
 @torch.no_grad()
 def encode_all(
     autoencoders: Mapping[str, Autoencoder],
-    batch: Mapping[str, Tensor],              # name -> (N, *shape), bytes or floats
+    batch: Mapping[str, Tensor | Column],     # name -> (N, *shape), bytes or floats
     chunk: int = 2000,                        # samples at a time
 ) -> dict[str, Tensor]:                       # name -> (N, latent), not standardised, on the device of the networks
     "Latents of every modality in the batch."
     out = {}
     for name, x in batch.items():
         encoder, device = autoencoders[name].encoder.eval(), next(autoencoders[name].parameters()).device
-        out[name] = torch.cat([in_halves(encoder, to_unit(part.to(device))) for part in x.split(chunk)])
+        paired = isinstance(x, Column) and x.index is not None
+        z = torch.cat([in_halves(encoder, to_unit(part.to(device))) for part in (x.originals() if paired else x).split(chunk)])
+        out[name] = z[x.index.to(device)] if paired else z
     return out
 
 def latent_statistics(
@@ -80,7 +83,7 @@ def standardise(self: MLD, raw: Mapping[str, Tensor]) -> Tensor:
 @patch
 def fit_autoencoders(
     self: MLD,
-    data: Mapping[str, Tensor],         # name -> (N, *shape), all modalities; bytes or floats
+    data: Mapping[str, Tensor | Column],  # name -> (N, *shape), all modalities; bytes or floats
     how: Training | Mapping[str, Training],  # for all, or by name
     *,
     noise: float = 0.,                  # on the latents, while training
@@ -118,7 +121,7 @@ def decode(
     chunk: int = 2000,                   # samples at a time
 ) -> dict[str, Tensor]:                  # name -> (B, *shape)
     "Data of the wanted modalities."
-    raw, out = split(z * self.std + self.mean, self.modalities), {}
+    raw, out = split(z.to(self.device) * self.std + self.mean, self.modalities), {}
     for name in self.names if want is None else want:
         decoder = self.autoencoders[lookup("modality", name, self.names)].decoder.eval()
         out[name] = torch.cat([in_halves(decoder, part) for part in raw[name].split(chunk)])
@@ -185,14 +188,17 @@ def generate(
 # %% ../nbs/08_model.ipynb #9901da1f
 @patch
 def save(self: MLD, path: str | Path) -> None:
-    "Write one safetensors file, atomically."
-    save_weights(path, self.state_dict(), {"kind": "MLD", **self.config})
+    "Write one safetensors file, atomically; it also names the modules of the kit that its networks come from."
+    made_in = {f.__module__ for m in self.modalities for f in ARCHITECTURES[m.architecture]}
+    save_weights(path, self.state_dict(), {"kind": "MLD", "modules": sorted(m for m in made_in if m.startswith("mld.")), **self.config})
 
 @patch(cls_method=True)
 def load(cls: MLD, path: str | Path) -> MLD:
     "Read what `save` wrote. `FileNotFoundError`, or `CorruptFile` when it is damaged or not an `MLD`."
     tensors, config = load_weights(path)
     if config.pop("kind", None) != "MLD": raise CorruptFile(f"{path} holds no MLD")
+    for module in config.pop("modules"):
+        if module.startswith("mld."): import_module(module)  # registers its architectures
     modalities = [Modality(**{k: tuple(v) if isinstance(v, list) else v for k, v in m.items()}) for m in config.pop("modalities")]
     model = cls(modalities, **config)
     model.load_state_dict(tensors)

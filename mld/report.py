@@ -81,7 +81,7 @@ def show_losses(
 
 def show_reconstructions(run: Run, n: int = 10):
     "Held-out data above, its reconstruction below, for each modality; returns the axes."
-    batch = {k: x[:n].to(run.device) for k, x in run.conditions().items()}
+    batch = {k: x[:n] for k, x in run.conditions().items()}
     back = run.model.decode(run.model.encode(batch))
     pairs = {k: x for name in run.data.names for k, x in ((name, batch[name]), (f"{name} back", back[name]))}
     return show_tuples(pairs, [renamed(m, k) for m in run.data.modalities for k in (m.name, f"{m.name} back")], n)
@@ -93,19 +93,19 @@ def renamed(modality, name: str):
 
 def show_joint(run: Run, sampler: str, n: int = 12):
     "Joint samples, one a column; returns the axes."
-    return show_tuples(run.model.decode(run.samples(sampler).tensors["z"][:n].to(run.device)), run.data.modalities, n)
+    return show_tuples(run.model.decode(run.samples(sampler).tensors["z"][:n]), run.data.modalities, n)
 
 def show_cross(run: Run, sampler: str, given: str, n: int = 12):
     "Above, what was given; below, what was made of it; returns the axes."
     others = [m for m in run.data.names if m != given]
-    made = run.model.decode(run.samples(sampler, (given,)).tensors["z"][:n].to(run.device), others)
+    made = run.model.decode(run.samples(sampler, (given,)).tensors["z"][:n], others)
     first = renamed(next(m for m in run.data.modalities if m.name == given), f"given {given}")
     return show_tuples({first.name: run.conditions([given])[given], **made},
                        [first, *(m for m in run.data.modalities if m.name in others)], n, titles=run.data.test.labels[:n].tolist())
 
 def show_failures(run: Run, sampler: str, n: int = 12):
     "Joint samples on which the classifiers disagree, with what they read; returns the axes."
-    batch = run.model.decode(run.samples(sampler).tensors["z"].to(run.device))
+    batch = run.model.decode(run.samples(sampler).tensors["z"])
     seen = torch.stack(list(read(run.classifiers, batch).values()))
     bad = (seen != seen[0]).any(0).nonzero().flatten()[:n]
     if not len(bad): bad = torch.arange(min(n, seen.shape[1]))

@@ -12,7 +12,7 @@ import math
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from ..denoiser import in_halves
-from ..modality import Modality, to_unit
+from ..modality import Column, Modality, to_unit
 from ..training import Training, train
 
 # %% ../../nbs/20_coherence.ipynb #616131ec
@@ -55,7 +55,7 @@ def soften(
 # %% ../../nbs/20_coherence.ipynb #82788fcf
 def fit_classifier(
     modality: Modality,
-    x: Tensor,                         # (N, *shape), bytes or floats
+    x: Tensor | Column,                # (N, *shape), bytes or floats
     labels: Tensor,                    # (N,), 0 to C - 1
     how: Training,
     *,
@@ -76,19 +76,19 @@ def fit_classifier(
 @torch.no_grad()
 def read(
     classifiers: Mapping[str, Classifier],
-    batch: Mapping[str, Tensor],   # name -> (N, *shape), bytes or floats
+    batch: Mapping[str, Tensor | Column],  # name -> (N, *shape), bytes or floats
     chunk: int = 2000,
 ) -> dict[str, Tensor]:            # name -> class of each sample, (N,)
     "What each classifier sees in its modality."
-    return {name: torch.cat([in_halves(classifiers[name], presentable(classifiers[name].modality, part)).argmax(1)
-                             for part in x.split(chunk)]) for name, x in batch.items()}
+    return {name: torch.cat([in_halves(classifiers[name], presentable(classifiers[name], part)).argmax(1) for part in x.split(chunk)])
+            for name, x in batch.items()}
 
 def presentable(
-    modality: Modality,
+    classifier: Classifier,
     x: Tensor,  # (N, *shape), bytes or floats
-) -> Tensor:    # floats within the limits of the modality
+) -> Tensor:    # floats within the limits of the modality, on the classifier's device
     "Data as it would be shown: clamped to its limits. `ValueError` on NaN."
-    x = to_unit(x)
+    x, modality = to_unit(x.to(classifier.head.weight.device)), classifier.modality
     if not x.isfinite().all(): raise ValueError(f"modality {modality.name!r}: samples hold NaN or infinite values")
     return x if modality.limits is None else x.clamp(*modality.limits)
 

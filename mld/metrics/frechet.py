@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from ..denoiser import in_halves
 from .coherence import Classifier, presentable
+from ..modality import Column
 
 # %% ../../nbs/21_frechet.ipynb #49184ca5
 class Moments:
@@ -52,8 +53,8 @@ def frechet_distance(
 @torch.no_grad()
 def classifier_moments(
     classifier: Classifier,
-    x: Tensor,           # (N, *shape), bytes or floats
+    x: Tensor | Column,  # (N, *shape), bytes or floats
     chunk: int = 2000,
 ) -> Moments:
     "Moments of a classifier's features: two of these make the paper's FMD."
-    return Moments(in_halves(classifier.features, presentable(classifier.modality, part)).flatten(1) for part in x.split(chunk))
+    return Moments(in_halves(classifier.features, presentable(classifier, part)).flatten(1) for part in x.split(chunk))
