@@ -7,6 +7,7 @@ __all__ = ['polymnist_encoder', 'polymnist_decoder', 'conv_bn_encoder', 'conv_bn
 
 # %% ../nbs/07_autoencoders.ipynb #9a51c73d
 from pathlib import Path
+import math
 import torch
 from torch import Tensor, nn
 from .modality import Column, Modality, register_architecture, to_unit
@@ -30,17 +31,19 @@ register_architecture("polymnist", polymnist_encoder, polymnist_decoder)
 
 # %% ../nbs/07_autoencoders.ipynb #870c30cc
 def conv_bn_encoder(m: Modality, width: int = 32, hidden: int = 256) -> nn.Module:
-    "Encoder for (C, 28, 28) with batch normalisation."
+    "Encoder for (C, H, W) with batch normalisation; H and W are multiples of 4."
     return nn.Sequential(
         nn.Conv2d(m.shape[0], width, 4, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
         nn.Conv2d(width, 2 * width, 4, 2, 1, bias=False), nn.BatchNorm2d(2 * width), nn.ReLU(), nn.Flatten(),
-        nn.Linear(98 * width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, m.latent), nn.BatchNorm1d(m.latent, affine=False))
+        nn.Linear(2 * width * m.shape[1] * m.shape[2] // 16, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
+        nn.Linear(hidden, m.latent), nn.BatchNorm1d(m.latent, affine=False))
 
 def conv_bn_decoder(m: Modality, width: int = 32, hidden: int = 256) -> nn.Module:
-    "Decoder for (C, 28, 28) with batch normalisation."
+    "Decoder for (C, H, W) with batch normalisation; H and W are multiples of 4."
+    small = (2 * width, m.shape[1] // 4, m.shape[2] // 4)
     return nn.Sequential(
         nn.Linear(m.latent, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
-        nn.Linear(hidden, 98 * width, bias=False), nn.BatchNorm1d(98 * width), nn.ReLU(), nn.Unflatten(1, (2 * width, 7, 7)),
+        nn.Linear(hidden, math.prod(small), bias=False), nn.BatchNorm1d(math.prod(small)), nn.ReLU(), nn.Unflatten(1, small),
         nn.ConvTranspose2d(2 * width, width, 4, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
         nn.ConvTranspose2d(width, m.shape[0], 4, 2, 1))
 

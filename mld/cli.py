@@ -161,7 +161,7 @@ def list_data(data: Folder = None) -> None:
     typer.echo(f"raw data: {data_folder(data)}")
     for name, sources in RECIPES.items():
         for source, recipe in sources.items():
-            missing = [f.path for f in recipe.files if not (data_folder(data) / f.path).exists()]
+            missing = [f.path for f in recipe.files if not f.found(data_folder(data))]
             state = "prepared" if recipe.folder(data).exists() else f"missing {', '.join(missing)}" if missing else "can be prepared"
             typer.echo(f"{name} ({source}): {state}\n    {recipe.about}")
     typer.echo("polydigits (embedded): needs no files")
@@ -174,7 +174,7 @@ def get(name: Name, source: Source = "paper", data: Folder = None) -> None:
     recipe, by_hand = recipe_of(name, source), []
     for file in recipe.files:
         try:
-            if file.url and not (data_folder(data) / file.path).exists(): download(file, data_folder(data))
+            if file.url and not file.found(data_folder(data)): download(file, data_folder(data))
             typer.echo(f"{verify(file, data_folder(data))}")
         except FileNotFoundError as e: by_hand.append(str(e))
         except (CorruptFile, OSError) as e: fail(e)  # OSError: the network is one

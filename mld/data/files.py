@@ -41,10 +41,15 @@ def prepared_folder(
 @dataclass(frozen=True)
 class File:
     "A raw file that a data set is made from."
-    path: str         # below the data folder
-    url: str = ""     # where it is; empty if somebody has to be asked
-    sha256: str = ""  # of its content; empty if the publisher gives none and none has been seen
-    how: str = ""     # where to ask and what to do with the answer
+    path: str          # below the data folder
+    url: str = ""      # where it is; empty if somebody has to be asked
+    sha256: str = ""   # of its content; empty if the publisher gives none and none has been seen
+    how: str = ""      # where to ask and what to do with the answer
+    instead: str = ""  # below the data folder: what may lie there in its place, an archive unpacked, say
+
+    def found(self, folder: Path) -> Path | None:
+        "Where it is below a folder of raw data, or what may stand in its place."
+        return next((folder / p for p in (self.instead, self.path) if p and (folder / p).exists()), None)
 
 def sha256_of(path: Path) -> str:
     "Of a file's content, read in pieces."
@@ -52,9 +57,9 @@ def sha256_of(path: Path) -> str:
 
 def verify(file: File, folder: Path) -> Path:
     "Where a file is. `FileNotFoundError` says what to do, `CorruptFile` that it is not the one that was published."
-    path = folder / file.path
-    if not path.exists(): raise FileNotFoundError(f"{path} is not there; {file.how or f'get it from {file.url}'}")
-    if file.sha256 and (got := sha256_of(path)) != file.sha256:
+    path = file.found(folder)
+    if not path: raise FileNotFoundError(f"{folder / file.path} is not there; {file.how or f'get it from {file.url}'}")
+    if file.sha256 and path.is_file() and (got := sha256_of(path)) != file.sha256:
         raise CorruptFile(f"{path} has sha256 {got[:12]}..., expected {file.sha256[:12]}...; delete it and get it again")
     return path
 
