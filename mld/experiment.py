@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 import mld
 from .autoencoders import Autoencoder, fit_autoencoder
-from .data import celebamask_hq, cub, mnist_svhn, polydigits, polymnist  # they register themselves
+from .data import celebamask_hq, cub, mhd, mnist_svhn, polydigits, polymnist  # they register themselves
 from .data.dataset import DataSet, load_dataset
 from .metrics.coherence import Classifier, conditional_coherence, fit_classifier, joint_coherence, read
 from .metrics.frechet import Moments, classifier_moments, frechet_distance
