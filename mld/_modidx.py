@@ -110,8 +110,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mld.data.mhd.mhd_trajectory_decoder': ('mhd.html#mhd_trajectory_decoder', 'mld/data/mhd.py'),
                               'mld.data.mhd.mhd_trajectory_encoder': ('mhd.html#mhd_trajectory_encoder', 'mld/data/mhd.py'),
                               'mld.data.mhd.normed': ('mhd.html#normed', 'mld/data/mhd.py'),
-                              'mld.data.mhd.our_image_decoder': ('mhd.html#our_image_decoder', 'mld/data/mhd.py'),
-                              'mld.data.mhd.our_image_encoder': ('mhd.html#our_image_encoder', 'mld/data/mhd.py'),
                               'mld.data.mhd.our_sound_decoder': ('mhd.html#our_sound_decoder', 'mld/data/mhd.py'),
                               'mld.data.mhd.our_sound_encoder': ('mhd.html#our_sound_encoder', 'mld/data/mhd.py'),
                               'mld.data.mhd.our_trajectory_decoder': ('mhd.html#our_trajectory_decoder', 'mld/data/mhd.py'),

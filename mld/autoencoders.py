@@ -45,7 +45,7 @@ def conv_bn_decoder(m: Modality, width: int = 32, hidden: int = 256) -> nn.Modul
         nn.Linear(m.latent, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
         nn.Linear(hidden, math.prod(small), bias=False), nn.BatchNorm1d(math.prod(small)), nn.ReLU(), nn.Unflatten(1, small),
         nn.ConvTranspose2d(2 * width, width, 4, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
-        nn.ConvTranspose2d(width, m.shape[0], 4, 2, 1))
+        nn.ConvTranspose2d(width, m.shape[0], 4, 2, 1), nn.Sigmoid() if m.limits == (0, 1) else nn.Identity())
 
 register_architecture("conv_bn", conv_bn_encoder, conv_bn_decoder)
 

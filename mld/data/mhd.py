@@ -7,9 +7,9 @@ __all__ = ['STORED', 'DECIBELS', 'SEED', 'RATE', 'WINDOW', 'HOP', 'BANDS', 'PAIR
            'build_paper', 'pack_strokes', 'read_strokes', 'unit_square', 'pen_path', 'inked', 'drawings', 'mel_filters',
            'spectrum', 'log_mel', 'from_bands', 'griffin_lim', 'audio_of', 'pack_clips', 'read_clips', 'pair',
            'build_open', 'mhd_image_encoder', 'mhd_image_decoder', 'normed', 'mhd_sound_encoder', 'mhd_sound_decoder',
-           'dense', 'mhd_trajectory_encoder', 'mhd_trajectory_decoder', 'standard', 'our_image_encoder',
-           'our_image_decoder', 'our_sound_encoder', 'our_sound_decoder', 'our_trajectory_encoder',
-           'our_trajectory_decoder', 'show_trajectory', 'show_sound', 'mhd_modalities']
+           'dense', 'mhd_trajectory_encoder', 'mhd_trajectory_decoder', 'standard', 'our_sound_encoder',
+           'our_sound_decoder', 'our_trajectory_encoder', 'our_trajectory_decoder', 'show_trajectory', 'show_sound',
+           'mhd_modalities']
 
 # %% ../../nbs/15_mhd.ipynb #e17ba2b1
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ import math, re
 import numpy as np
 import torch
 from torch import Tensor, nn
-from ..autoencoders import conv_bn_decoder, conv_bn_encoder
+from .. import autoencoders  # registers conv_bn
 from .files import File, Recipe, register_recipe
 from ..modality import KINDS, Modality, register_architecture
 from ..training import CorruptFile
@@ -348,16 +348,6 @@ def standard(
     "An encoder whose latents have mean 0 and variance 1."
     return nn.Sequential(encoder, nn.BatchNorm1d(m.latent, affine=False))
 
-def our_image_encoder(m: Modality) -> nn.Module:
-    "Encoder for 1x28x28: `conv_bn_encoder`, standardised."
-    return standard(m, conv_bn_encoder(m))
-
-def our_image_decoder(m: Modality) -> nn.Module:
-    "Decoder for 1x28x28: `conv_bn_decoder` and a sigmoid."
-    return nn.Sequential(conv_bn_decoder(m), nn.Sigmoid())
-
-register_architecture("mhd_image_ours", our_image_encoder, our_image_decoder)
-
 # %% ../../nbs/15_mhd.ipynb #7206b52f
 def our_sound_encoder(m: Modality, width: int = 16) -> nn.Module:
     "Encoder for 1x32x128 with convolutions over time and pitch."
@@ -401,8 +391,10 @@ def mhd_modalities(
     autoencoders: str,  # "paper" or "ours"
 ) -> tuple[Modality, ...]:
     "Image, sound and trajectory."
-    of = lambda name, shape, latent: Modality(name, shape, latent, f"mhd_{name}_{autoencoders}", kind=name)
-    return of("image", (1, 28, 28), 64), of("sound", (1, 32, 128), 128), of("trajectory", (200,), 16)
+    image = "mhd_image_paper" if autoencoders == "paper" else "conv_bn"
+    return (Modality("image", (1, 28, 28), 64, image, kind="image"),
+            Modality("sound", (1, 32, 128), 128, f"mhd_sound_{autoencoders}", kind="sound"),
+            Modality("trajectory", (200,), 16, f"mhd_trajectory_{autoencoders}", kind="trajectory"))
 
 # %% ../../nbs/15_mhd.ipynb #cf7b0577
 register_recipe(Recipe(
