@@ -82,7 +82,8 @@ def fit_autoencoder(
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> tuple[Autoencoder, list[dict]]:   # the autoencoder in eval mode, and its losses
-    "Train the autoencoder of one modality."
+    "Train the autoencoder of one modality, of a `Column` on each original once."
+    if isinstance(x, Column): x = x.originals()
     modality.check(to_unit(x[:256]))
     with torch.random.fork_rng():
         torch.manual_seed(seed)

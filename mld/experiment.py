@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['LAPTOP', 'SMOKE', 'PAPER', 'PRESETS', 'ROW', 'PARAMETERS', 'Settings', 'Preset', 'settings_for', 'compare_settings',
-           'key_of', 'Stage', 'run_stage', 'one_writer', 'write_rows', 'read_row_file', 'commit', 'device_name', 'Run',
-           'coherence_rows', 'fmd_rows', 'measure', 'rows_of', 'open_run']
+           'key_of', 'Stage', 'stage_file', 'run_stage', 'one_writer', 'write_rows', 'read_row_file', 'commit',
+           'device_name', 'Run', 'make_stage', 'coherence_rows', 'fmd_rows', 'measure', 'rows_of', 'open_run']
 
 # %% ../nbs/40_experiment.ipynb #877d18be
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-import hashlib, json, subprocess, time, warnings
+import hashlib, json, os, subprocess, time, warnings
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
@@ -24,10 +24,10 @@ from .data import celebamask_hq, cub, mhd, mnist_svhn, polydigits, polymnist  # 
 from .data.dataset import DataSet, load_dataset
 from .metrics.coherence import Classifier, conditional_coherence, fit_classifier, joint_coherence, read
 from .metrics.frechet import Moments, classifier_moments, frechet_distance
-from .modality import lookup, subsets
+from .modality import Modality, lookup, subsets
 from .model import MLD, encode_all
 from .nets import n_params
-from .training import CorruptFile, Training, atomic, load_weights, save_weights
+from .training import CorruptFile, Training, atomic, load_weights, save_weights, side_by_side
 
 # %% ../nbs/40_experiment.ipynb #81480247
 @dataclass(frozen=True)
@@ -35,25 +35,25 @@ class Settings:
     "Everything that an experiment's numbers depend on, besides the seed."
     # data
     dataset: str = "polydigits"         # a name in `DATASETS`
-    views: int = 3                      # modalities
-    n_train: int = 40_000               # tuples
-    n_val: int = 2000
-    n_test: int = 2000
-    data_seed: int = 0                  # of splits and pairings
+    source: str = ""                    # "paper", "open" or "embedded"; by default what needs least
+    n_train: int = 0                    # tuples; 0: all there are
+    n_val: int = 0
+    n_test: int = 0
+    options: dict = field(default_factory=dict)  # of the data set's loader: views...
     # autoencoders, shared by all seeds of a table
-    architecture: str = "conv_bn"       # a name in `ARCHITECTURES`
-    latent: int = 16                    # of each view
-    likelihood: str = "gaussian"        # a name in `LIKELIHOODS`
+    autoencoders: str = "ours"          # or "paper": networks, latent sizes and likelihoods
     ae_steps: int = 1000
     ae_batch: int = 256
     ae_lr: float = 4e-3
     ae_cooldown: float = .7
     ae_precision: str = "bf16"          # or "fp32"
     ae_noise: float = .3                # on the latents, while training
+    ae: dict = field(default_factory=dict)   # modality -> what differs for it: {"sound": {"steps": 700}}
     # classifiers, shared by all seeds of a table
     clf_steps: int = 700
     clf_batch: int = 128
     clf_lr: float = 3e-3
+    clf: dict = field(default_factory=dict)  # modality -> what differs for it
     # score network
     net: str = "mlp_unet"               # a name in `NETS`
     width: int = 256
@@ -87,12 +87,12 @@ class Preset:
 LAPTOP = Settings()
 SMOKE = replace(LAPTOP, n_train=2000, n_val=200, n_test=200, ae_steps=60, ae_batch=64, clf_steps=60, width=128, time_width=64,
                 batch_size=256, steps=150, warmup=20, ema=.98, n_joint=100, n_given=50, samplers={"em": {"steps": 25}, "dpm": {"steps": 10}})
-PAPER = replace(LAPTOP, architecture="polymnist", latent=160, likelihood="laplace", ae_steps=93_600, ae_batch=128, ae_lr=1e-3,
+PAPER = replace(LAPTOP, autoencoders="paper", ae_steps=93_600, ae_batch=128, ae_lr=1e-3,
                 ae_cooldown=0., ae_precision="fp32", ae_noise=0., precision="fp32", width=1536, time_width=512, groups=32, predict="eps", draw="batch", times="uniform", p_joint=.8,
                 steps=468_000, lr=1e-4, warmup=0, cooldown=0., clip=None, batch_size=256,
                 samplers={"repaint": {"steps": 250, "length": 10, "passes": 10}, "em": {"steps": 250}})
 PRESETS: dict[str, dict[str, Preset]] = {"polydigits": {
-    "smoke": Preset(SMOKE, "under 1 minute"), "laptop": Preset(LAPTOP, "12 minutes"), "paper": Preset(PAPER, "weeks; wants a GPU")}}
+    "smoke": Preset(SMOKE, "under 1 minute"), "laptop": Preset(LAPTOP, "10 minutes"), "paper": Preset(PAPER, "weeks; wants a GPU")}}
 
 def settings_for(
     table: str,
@@ -116,8 +116,8 @@ def compare_settings(settings: Settings, other: Settings) -> pd.DataFrame:
 
 # %% ../nbs/40_experiment.ipynb #64d5c68d
 def key_of(settings: Mapping) -> str:
-    "Twelve hexadecimal digits that stand for these settings."
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    "Twelve hexadecimal digits that stand for these settings, and the version of the kit."
+    return hashlib.sha256(json.dumps([mld.__version__, settings], sort_keys=True).encode()).hexdigest()[:12]
 
 @dataclass(frozen=True)
 class Stage:
@@ -126,6 +126,14 @@ class Stage:
     tensors: dict[str, Tensor]
     info: dict
 
+def stage_file(
+    root: str | Path,        # folder of all stages
+    name: str,
+    settings: Mapping,       # exactly what the result depends on, keys of inputs included; JSON
+) -> Path:
+    "Where the result of a stage is, or will be."
+    return Path(root) / f"{name}-{key_of(settings)}" / "result.safetensors"
+
 def run_stage(
     root: str | Path,        # folder of all stages
     name: str,
@@ -133,24 +141,22 @@ def run_stage(
     make: Callable,          # checkpoint folder -> (tensors, info)
 ) -> Stage:
     "Load the result of a stage, or make it."
-    settings = {"stage": name, "version": mld.__version__, **settings}
-    folder = Path(root) / f"{name}-{key_of(settings)}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with one_writer(folder / "lock"):
+    path, key, settings = stage_file(root, name, settings), key_of(settings), {"stage": name, **settings}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with one_writer(path.with_name("lock")):
         try:
-            tensors, config = load_weights(folder / "result.safetensors")
-            if config.get("settings") != json.loads(json.dumps(settings)):
-                raise CorruptFile(f"{folder / 'result.safetensors'} was made with other settings")
+            tensors, config = load_weights(path)
+            if config.get("settings") != json.loads(json.dumps(settings)): raise CorruptFile(f"{path} was made with other settings")
         except CorruptFile as e:
             warnings.warn(f"{e}; put aside as result.corrupt and made again")
-            (folder / "result.safetensors").replace(folder / "result.corrupt")
+            path.replace(path.with_name("result.corrupt"))
         except FileNotFoundError: pass
-        else: return Stage(key_of(settings), tensors, config["info"])
+        else: return Stage(key, tensors, config["info"])
         started = time.monotonic()
-        tensors, info = make(folder / "checkpoints")
+        tensors, info = make(path.with_name("checkpoints"))
         info = {"seconds": time.monotonic() - started, **info}
-        save_weights(folder / "result.safetensors", tensors, {"settings": settings, "info": info})
-    return Stage(key_of(settings), tensors, info)
+        save_weights(path, tensors, {"settings": settings, "info": info})
+    return Stage(key, tensors, info)
 
 def one_writer(path: Path) -> FileLock:
     "A lock that dies with its process; says so when it has to wait."
@@ -195,10 +201,12 @@ class Run:
         out: str | Path = "runs",          # root of stages and run folders
         device: str = "auto",              # or "cpu", "cuda", "cuda:1"...
         overrides: Mapping | None = None,  # settings that differ from the preset
+        data: str | None = None,           # folder of raw data; by default MLD_DATA, else ./data
         progress: bool = True,
     ):
         self.settings = settings_for(table, preset, overrides)
-        self.table, self.seed, self.progress = table, seed, progress
+        self.table, self.seed, self.data_folder, self.progress = table, seed, data or None, progress
+        self.origin = dict(table=table, preset=preset, seed=seed, out=str(Path(out).absolute()), device=device, overrides=overrides, data=data, progress=progress)
         self.preset = f"{preset}+{key_of(overrides)[:6]}" if overrides else preset
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         self.stages = Path(out).absolute() / "stages"
@@ -212,35 +220,52 @@ class Run:
 
     @cached_property
     def data(self) -> DataSet:
-        return load_dataset(self.settings.dataset, seed=self.settings.data_seed,
-                            **self.pick("views", "n_train", "n_val", "n_test", "architecture", "latent", "likelihood"))
+        s = self.settings
+        return load_dataset(s.dataset, s.source, data=self.data_folder, **self.pick("autoencoders", "n_train", "n_val", "n_test"), **s.options)
 
     @cached_property
     def data_key(self) -> dict: return {"name": self.data.name, "source": self.data.source, "content": self.data.fingerprint()}
 
-    @cached_property
-    def autoencoder_stages(self) -> dict[str, Stage]:
-        "Each modality's autoencoder: weights, and its losses as `info['history']`."
-        s = self.settings
-        how = Training(s.ae_steps, s.ae_batch, s.ae_lr, cooldown=s.ae_cooldown, precision=s.ae_precision)
-        def make(m, folder):
-            model, history = fit_autoencoder(m, self.data.train.batch[m.name], how, noise=s.ae_noise, folder=folder, device=self.device,
-                                             progress=self.progress)
+    def recipe(self, prefix: str, name: str, **more) -> Training:
+        "How the autoencoder (`ae`) or classifier (`clf`) of a modality is trained."
+        s = vars(self.settings)
+        return Training(**{"steps": s[f"{prefix}_steps"], "batch_size": s[f"{prefix}_batch"], "lr": s[f"{prefix}_lr"], **more, **s[prefix].get(name, {})})
+
+    def autoencoder(self, m: Modality, device: str) -> tuple:
+        "Name, settings and making of the stage of an autoencoder: its weights, and its losses as `info['history']`."
+        s, x = self.settings, self.data.train.batch[m.name]
+        how = self.recipe("ae", m.name, cooldown=s.ae_cooldown, precision=s.ae_precision)
+        def make(folder):
+            model, history = fit_autoencoder(m, x, how, noise=s.ae_noise, folder=folder, device=device, progress=self.progress)
             return model.state_dict(), {"history": history, "seconds": history[-1]["seconds"]}
-        return {m.name: run_stage(self.stages, f"autoencoder-{m.name}", {"data": self.data_key, "modality": asdict(m), "noise": s.ae_noise, **asdict(how)},
-                                  lambda folder, m=m: make(m, folder)) for m in self.data.modalities}
+        return f"autoencoder-{m.name}", {"data": self.data_key, "modality": asdict(m), "noise": s.ae_noise, **asdict(how)}, make
+
+    def classifier(self, m: Modality, device: str) -> tuple:
+        "Name, settings and making of the stage of a classifier."
+        train, how = self.data.train, self.recipe("clf", m.name, cooldown=.7)
+        def make(folder):
+            model = fit_classifier(m, train.batch[m.name], train.labels, how, folder=folder, device=device, progress=self.progress)
+            return model.state_dict(), {"classes": int(train.labels.max()) + 1}
+        return f"classifier-{m.name}", {"data": self.data_key, "shape": m.shape, **asdict(how)}, make
+
+    def each(self, kind: str) -> dict[str, Stage]:
+        "The stage `autoencoder` or `classifier` of every modality; what is missing is made side by side on the cores or GPUs that there are."
+        plans = {m.name: getattr(self, kind)(m, self.device) for m in self.data.modalities}
+        missing = [name for name, (stage, settings, _) in plans.items() if not stage_file(self.stages, stage, settings).exists()]
+        worth_it = all(plans[name][1]["steps"] >= 300 for name in missing)  # a process takes some seconds to start
+        if worth_it and len(missing) > 1: side_by_side([partial(make_stage, self.origin, kind, name) for name in missing], self.devices())
+        return {name: run_stage(self.stages, *plan) for name, plan in plans.items()}
+
+    def devices(self) -> list[str]:
+        "Where things that know nothing of each other can be made at the same time."
+        if self.device == torch.device("cuda"): return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        return [str(self.device)] * (os.cpu_count() or 1 if self.device.type == "cpu" else 1)
 
     @cached_property
-    def classifier_stages(self) -> dict[str, Stage]:
-        "Each modality's classifier."
-        s = self.settings
-        how = Training(s.clf_steps, s.clf_batch, s.clf_lr, cooldown=.7)
-        def make(m, folder):
-            model = fit_classifier(m, self.data.train.batch[m.name], self.data.train.labels, how, folder=folder,
-                                   device=self.device, progress=self.progress)
-            return model.state_dict(), {"classes": int(self.data.train.labels.max()) + 1}
-        return {m.name: run_stage(self.stages, f"classifier-{m.name}", {"data": self.data_key, "shape": m.shape, **asdict(how)},
-                                  lambda folder, m=m: make(m, folder)) for m in self.data.modalities}
+    def autoencoder_stages(self) -> dict[str, Stage]: return self.each("autoencoder")
+
+    @cached_property
+    def classifier_stages(self) -> dict[str, Stage]: return self.each("classifier")
 
     @cached_property
     def classifiers(self) -> dict[str, Classifier]:
@@ -328,6 +353,16 @@ class Run:
         with atomic(self.folder / "figures" / f"{name}.png") as part: first.figure.savefig(part, dpi=110, bbox_inches="tight", format="png")
         return axes
 
+def make_stage(
+    origin: dict,  # of a run: its arguments
+    kind: str,     # "autoencoder" or "classifier"
+    name: str,     # of the modality
+    device: str,
+) -> None:
+    "Make one stage of a run, which may be another process's, on a device of its own."
+    run = Run(**origin)
+    run_stage(run.stages, *getattr(run, kind)(next(m for m in run.data.modalities if m.name == name), device))
+
 # %% ../nbs/40_experiment.ipynb #2e18f5c0
 def coherence_rows(
     run: Run,
@@ -381,7 +416,7 @@ def rows_of(run: Run) -> pd.DataFrame:
     return read_row_file(run.folder / "rows.csv")
 
 # %% ../nbs/40_experiment.ipynb #1e738eab
-PARAMETERS = ("preset", "seed", "out", "device", "overrides")  # what every table notebook takes
+PARAMETERS = ("preset", "seed", "out", "device", "data", "overrides")  # what every table notebook takes
 
 def open_run(
     table: str,

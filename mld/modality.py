@@ -174,6 +174,10 @@ class Column:
         "Chunks of n rows."
         return (self[i:i + n] for i in range(0, len(self), n))
 
+    def first(self, n: int) -> "Column":
+        "The first n rows."
+        return Column(self.stored[:n], None, self.classes) if self.index is None else Column(self.stored, self.index[:n], self.classes)
+
     def originals(self) -> "Column":
         "Each stored row once, in order."
         return Column(self.stored, None, self.classes)

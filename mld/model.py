@@ -8,6 +8,7 @@ __all__ = ['MLD', 'encode_all', 'latent_statistics']
 # %% ../nbs/08_model.ipynb #213da60c
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 import torch
@@ -19,7 +20,7 @@ from .modality import ARCHITECTURES, Column, Modality, check_batch, join, lookup
 from .nets import NETS
 from .samplers import SAMPLERS
 from .sde import TIMES, VPProcess
-from .training import CorruptFile, Training, load_weights, save_weights, train
+from .training import CorruptFile, Training, load_weights, save_weights, side_by_side, train
 
 # %% ../nbs/08_model.ipynb #6d5577ae
 class MLD(nn.Module):
@@ -89,16 +90,17 @@ def fit_autoencoders(
     noise: float = 0.,                  # on the latents, while training
     seed: int = 0,
     folder: str | Path | None = None,   # of checkpoints, one folder a modality
+    devices: Sequence[str] | None = None,  # train on these side by side, in a process each; by default here, one after another
     progress: bool = True,
 ) -> dict[str, list[dict]]:             # losses by modality
     "Train every autoencoder on its own, then measure the latents of the whole training set."
     check_batch({k: to_unit(x[:16]) for k, x in data.items()}, self.modalities, complete=True)
+    how = {m.name: how if isinstance(how, Training) else lookup("modality", m.name, how) for m in self.modalities}
+    jobs = [partial(fit_autoencoder, m, data[m.name], how[m.name], noise=noise, seed=seed, folder=folder and Path(folder) / m.name,
+                    progress=progress) for m in self.modalities]
     histories = {}
-    for m in self.modalities:
-        model, histories[m.name] = fit_autoencoder(
-            m, data[m.name], how if isinstance(how, Training) else lookup("modality", m.name, how), noise=noise, seed=seed,
-            folder=folder and Path(folder) / m.name, device=self.device, progress=progress)
-        self.autoencoders[m.name] = model
+    for name, (model, histories[name]) in zip(self.names, side_by_side(jobs, devices or [str(self.device)])):
+        self.autoencoders[name] = model.to(self.device)
     self.standardise(encode_all(self.autoencoders, data))
     return histories
 
@@ -189,7 +191,7 @@ def generate(
 @patch
 def save(self: MLD, path: str | Path) -> None:
     "Write one safetensors file, atomically; it also names the modules of the kit that its networks come from."
-    made_in = {f.__module__ for m in self.modalities for f in ARCHITECTURES[m.architecture]}
+    made_in = {getattr(f, "func", f).__module__ for m in self.modalities for f in ARCHITECTURES[m.architecture]}
     save_weights(path, self.state_dict(), {"kind": "MLD", "modules": sorted(m for m in made_in if m.startswith("mld.")), **self.config})
 
 @patch(cls_method=True)

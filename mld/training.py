@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['atomic', 'checksum', 'save_weights', 'CorruptFile', 'load_weights', 'save_checkpoint', 'load_checkpoint', 'Training',
-           'batches', 'stop_signals', 'Diverged', 'Trainer', 'train']
+           'batches', 'stop_signals', 'Diverged', 'Trainer', 'train', 'here_on', 'on_my_device', 'side_by_side']
 
 # %% ../nbs/06_training.ipynb #57e6b917
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import count
+from multiprocessing import get_context
 from pathlib import Path
 import hashlib, io, json, math, os, signal, threading, time, warnings
 import torch
@@ -246,3 +248,26 @@ def train(
         history = Trainer(model, loss, data, how, seed, folder, config).run(every, label, progress)
     model.eval()
     return history
+
+# %% ../nbs/06_training.ipynb #9a22e815
+def here_on(devices) -> None:
+    "Make this process, started by `side_by_side`, work on the next free device with its share of the cores."
+    global DEVICE
+    DEVICE, share = devices.get()
+    torch.set_num_threads(share)
+
+def on_my_device(job: Callable):
+    "Run a job where `here_on` said, and bring its networks back to the CPU."
+    result = job(device=DEVICE)
+    return tuple(r.cpu() if isinstance(r, nn.Module) else r for r in result) if isinstance(result, tuple) else result
+
+def side_by_side(
+    jobs: Sequence[Callable],   # each takes `device` and returns its result
+    devices: Sequence[str],     # one process for each: ["cpu", "cpu"], ["cuda:0", "cuda:1"]...
+) -> list:                      # results, in order
+    "Run jobs, in this process if there is one device, else one at a time on each. Errors of a job are raised here."
+    if len(devices) == 1 or len(jobs) == 1: return [job(device=devices[0]) for job in jobs]
+    context = get_context("spawn")
+    queue = context.SimpleQueue()
+    for device in devices: queue.put((device, max(1, (os.cpu_count() or 1) // len(devices))))
+    with ProcessPoolExecutor(min(len(jobs), len(devices)), context, here_on, (queue,)) as pool: return list(pool.map(on_my_device, jobs))

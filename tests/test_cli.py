@@ -42,7 +42,7 @@ def test_run_from_any_folder_leaves_everything_in_out(tiny, tmp_path, root):
 @pytest.mark.parametrize("args, why", [
     (["run", "polydigit"], "unknown table 'polydigit'; known: polydigits"),
     (["run", "polydigits", "--preset", "labtop"], "unknown preset 'labtop'; known: smoke, laptop, paper"),
-    (["run", "polydigits", "--set", "step=5"], "unknown setting 'step'; known: dataset, views"),
+    (["run", "polydigits", "--set", "step=5"], "unknown setting 'step'; known: dataset, source"),
     (["run", "polydigits", "--set", "steps=many"], "setting 'steps' is int"),
     (["run", "polydigits", "--sede", "5"], "No such option"),
 ])
@@ -61,7 +61,7 @@ def test_plain_papermill_with_a_mistyped_parameter_fails(tmp_path):
 def test_papermill_documents_the_parameters():
     known = papermill.inspect_notebook(str(table_notebook("polydigits")))
     assert {k: v["inferred_type_name"] for k, v in known.items()} == {
-        "preset": "str", "seed": "int", "out": "str", "device": "str", "overrides": "dict"}
+        "preset": "str", "seed": "int", "out": "str", "device": "str", "data": "str", "overrides": "dict"}
     assert all(v["help"] for v in known.values())
 
 

@@ -103,7 +103,7 @@ def used_modules(path, root):
 
 
 def test_imports_go_one_way(root):
-    order = ["modality", "sde", "toy", "nets", "denoiser", "samplers", "training", "autoencoders", "model", "data", "metrics", "baselines",
+    order = ["vision", "modality", "sde", "toy", "nets", "denoiser", "samplers", "training", "autoencoders", "model", "data", "metrics", "baselines",
              "experiment", "report", "cli"]
     found = 0
     for path in (root / "mld").rglob("*.py"):

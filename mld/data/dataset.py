@@ -22,6 +22,10 @@ class Split:
 
     def __len__(self) -> int: return len(self.labels)
 
+    def first(self, n: int) -> "Split":
+        "The first n tuples; all of them for 0."
+        return Split({k: x.first(n) if isinstance(x, Column) else x[:n] for k, x in self.batch.items()}, self.labels[:n]) if n else self
+
     def rows(self, index: Sequence[int] | slice | Tensor = slice(None), names: Sequence[str] | None = None) -> dict[str, Tensor]:
         "Rows of the named modalities (all by default), as floats."
         return {k: to_unit(self.batch[k][index]) for k in names or self.batch}

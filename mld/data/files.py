@@ -151,12 +151,16 @@ def load_prepared(
     recipe: Recipe,
     data: str | Path | None = None,   # folder of raw data
     autoencoders: str = "ours",       # which pairs its modalities name: "ours" or "paper"
+    n_train: int = 0,                 # tuples, the first ones; 0: all
+    n_val: int = 0,
+    n_test: int = 0,
 ) -> DataSet:
     "A data set, prepared if it is not yet."
     folder = prepare(recipe, data)
     facts = json.loads((folder / "facts.json").read_text())
     modalities = recipe.modalities(facts, lookup("autoencoders", autoencoders, ("ours", "paper")))
-    return DataSet(recipe.name, modalities, *(read_split(folder, s, modalities) for s in SPLITS), recipe.source)
+    splits = (read_split(folder, split, modalities).first(n) for split, n in zip(SPLITS, (n_train, n_val, n_test)))
+    return DataSet(recipe.name, modalities, *splits, recipe.source)
 
 # %% ../../nbs/12_files.ipynb #f733a91d
 def check(

@@ -10,8 +10,9 @@ from functools import cache
 import numpy as np
 import torch
 from torch import Tensor
+from .. import autoencoders  # registers conv_bn and polymnist
 from .dataset import DataSet, Split, register_dataset
-from ..modality import Modality
+from ..modality import Modality, lookup
 
 # %% ../../nbs/11_polydigits.ipynb #03e36677
 @cache
@@ -86,20 +87,20 @@ def make_tuples(
 
 # %% ../../nbs/11_polydigits.ipynb #e4109922
 def polydigits(
+    autoencoders: str = "ours",     # which pair the views name: "ours" or "paper"
+    n_train: int = 0,               # tuples; 0: 40,000
+    n_val: int = 0,                 # 0: 2,000
+    n_test: int = 0,                # 0: 2,000
+    data: str | None = None,        # folder of raw data; none is needed
     views: int = 3,
-    n_train: int = 40_000,
-    n_val: int = 2000,
-    n_test: int = 2000,
-    seed: int = 0,
-    latent: int = 16,                # of each view
-    architecture: str = "conv_bn",   # of each view
-    likelihood: str = "gaussian",
+    seed: int = 0,                  # of splits and pairings
 ) -> DataSet:
-    "Three to five views 3x28x28 that share a digit; built in memory in seconds."
+    "Two to five views 3x28x28 that share a digit; built in memory in seconds."
     if not 2 <= views <= 5: raise ValueError(f"polydigits has 2 to 5 views, got {views}")
     parts = split_digits(seed)
-    splits = [make_tuples(parts[name], n, views, 3 * seed + k)
-              for k, (name, n) in enumerate({"train": n_train, "val": n_val, "test": n_test}.items())]
+    sizes = {"train": n_train or 40_000, "val": n_val or 2000, "test": n_test or 2000}
+    splits = [make_tuples(parts[name], n, views, 3 * seed + k) for k, (name, n) in enumerate(sizes.items())]
+    latent, architecture, likelihood = lookup("autoencoders", autoencoders, {"ours": (16, "conv_bn", "gaussian"), "paper": (160, "polymnist", "laplace")})
     modalities = tuple(Modality(f"view{v}", (3, 28, 28), latent, architecture, likelihood) for v in range(views))
     return DataSet("polydigits", modalities, *splits)
 
