@@ -20,9 +20,9 @@ def home() -> Path:
     return Path(mld.__file__).resolve().parents[1]
 
 def table_notebook(table: str) -> Path:
-    "The notebook of a table; `ValueError` lists the tables there are."
+    "The notebook of a table or study; `ValueError` lists the tables there are."
     from mld.modality import lookup
-    tables = {p.stem: p for p in sorted((home() / "nbs" / "tables").glob("*.ipynb"))}
+    tables = {p.stem: p for folder in ("tables", "studies") for p in sorted((home() / "nbs" / folder).glob("*.ipynb"))}
     if not tables: raise FileNotFoundError(f"no notebooks in {home() / 'nbs' / 'tables'}; install from a clone: pip install -e .")
     return lookup("table", table, tables)
 
@@ -87,11 +87,12 @@ def fail(error: Exception) -> None:
 
 @app.command("list")
 def list_tables() -> None:
-    "Tables, their presets and the time they take on two CPU cores."
-    from mld.experiment import PRESETS
-    for table, presets in PRESETS.items():
+    "Tables and studies, their data sets, presets and the time they take on two CPU cores."
+    from mld.experiment import PRESETS, TABLES
+    for table, datasets in TABLES.items():
         typer.echo(table)
-        for name, preset in presets.items(): typer.echo(f"  {name:<8} {preset.expect}")
+        for dataset in datasets:
+            for name, preset in PRESETS[dataset].items(): typer.echo(f"  {dataset:<14} {name:<8} {preset.expect}")
 
 @app.command()
 def run(
@@ -101,20 +102,25 @@ def run(
     out: Annotated[Path, typer.Option(help="Where stages and run folders go.")] = Path("runs"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1...")] = "auto",
     data: Folder = None,
-    set_: Annotated[list[str], typer.Option("--set", help="A setting that differs from the preset: name=value. May be repeated.")] = [],
+    set_: Annotated[list[str], typer.Option("--set", help="A setting that differs from the preset, or a parameter of the notebook: name=value. May be repeated.")] = [],
 ) -> None:
     "Run a table's notebook; the same command goes on where a killed one stopped."
     try:
         notebook = table_notebook(table)
-        from mld.experiment import Run, read_row_file
-        overrides = dict(map(parse_setting, set_))
-        folder = Run(table, preset, seed, out, device, overrides).folder
+        import papermill
+        from mld.experiment import PRESETS, TABLES, label, read_row_file, settings_for
+        from mld.modality import lookup
+        chosen, own = dict(map(parse_setting, set_)), papermill.inspect_notebook(str(notebook))
+        overrides = {k: v for k, v in chosen.items() if k not in own}
+        datasets = chosen.get("datasets", TABLES[table])
+        for dataset in datasets: settings_for(dataset, preset, overrides)
+        folder = out.absolute() / table / f"{label(preset, overrides)}-seed{seed}"
     except (ValueError, FileNotFoundError) as e: fail(e)
     from papermill.exceptions import PapermillExecutionError
-    from mld.report import result_table
+    from mld.report import tables_of
     started, rows = time.time(), folder / "rows.csv"
     parameters = {"preset": preset, "seed": seed, "out": str(out.absolute()), "device": device, "data": str(data.absolute()) if data else "",
-                  "overrides": overrides}
+                  "overrides": overrides, **{k: v for k, v in chosen.items() if k in own}}
     try:
         with terminate_as_interrupt(): execute(notebook, folder / "notebook.ipynb", parameters)
     except PapermillExecutionError as e:
@@ -126,7 +132,7 @@ def run(
     if not rows.exists() or rows.stat().st_mtime < started:
         typer.echo(f"mld: the notebook ran but left no rows in {rows}", err=True)
         raise typer.Exit(1)
-    typer.echo(result_table(read_row_file(rows)).to_string())
+    for table in tables_of(read_row_file(rows)): typer.echo(table.to_string() + "\n")
     typer.echo(f"\n{folder / 'notebook.html'}\n{rows}\n{folder / 'figures'}")
 
 @app.command()
@@ -135,12 +141,12 @@ def report(
     table: Annotated[str | None, typer.Option(help="Only this table.")] = None,
 ) -> None:
     "Print the tables of all rows found."
-    from mld.report import read_rows, result_table
+    from mld.report import read_rows, tables_of
     rows = read_rows(*(roots or [home() / "results", Path("runs")]), table=table)
     if rows.empty: fail(ValueError("no rows found; `mld run` makes some"))
     for name, group in rows.groupby("table"):
-        typer.echo(f"{name}: coherence in percent, Fréchet distances of classifier features; mean ± std over seeds\n")
-        typer.echo(result_table(group).to_string() + "\n")
+        typer.echo(f"{name}; mean ± std over seeds\n")
+        for part in tables_of(group): typer.echo(part.to_string() + "\n")
 
 # %% ../nbs/42_cli.ipynb #249e0f9c
 data_app = typer.Typer(help="Data sets: what there is, what is missing, and how to get it.", no_args_is_help=True)

@@ -11,13 +11,15 @@ import pandas as pd
 import pytest
 import torch
 
-from mld.experiment import Run, rows_of
+from mld.experiment import Run
+from mld.measure import rows_of
 from mld.training import CorruptFile, load_weights
 
 SCRIPT = """
 import json, sys
 from mld.training import Trainer
-from mld.experiment import Run, rows_of
+from mld.experiment import Run
+from mld.measure import rows_of
 out, overrides, slow = sys.argv[1], json.loads(sys.argv[2]), float(sys.argv[3])
 import functools, time, mld.training as training
 if slow:  # leave time to be killed, and write a checkpoint at every step

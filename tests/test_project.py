@@ -104,7 +104,7 @@ def used_modules(path, root):
 
 def test_imports_go_one_way(root):
     order = ["vision", "modality", "sde", "toy", "nets", "denoiser", "samplers", "training", "autoencoders", "model", "data", "metrics", "baselines",
-             "experiment", "report", "cli"]
+             "experiment", "measure", "report", "cli"]
     found = 0
     for path in (root / "mld").rglob("*.py"):
         here = path.relative_to(root / "mld").with_suffix("").parts[0]
