@@ -77,9 +77,14 @@ def latent_statistics(
 @patch
 def standardise(self: MLD, raw: Mapping[str, Tensor]) -> Tensor:
     "Measure the latent statistics on raw training latents and return these standardised, (N, D)."
-    z = join(raw, self.modalities)
-    self.mean, self.std = latent_statistics(z)
-    return (z - self.mean) / self.std
+    self.mean, self.std = latent_statistics(join(raw, self.modalities))
+    return self.scale(raw)
+
+@patch
+def scale(self: MLD, raw: Mapping[str, Tensor]) -> Tensor:
+    "Raw latents, name -> (N, latent), standardised with the statistics measured before: (N, D), 0 (the mean) where a modality is missing."
+    n = len(next(iter(raw.values())))
+    return (join({**split(self.mean.expand(n, -1), self.modalities), **raw}, self.modalities) - self.mean) / self.std
 
 @patch
 def fit_autoencoders(
@@ -110,9 +115,8 @@ def encode(
     batch: Mapping[str, Tensor],  # name -> (B, *shape); any of the modalities
 ) -> Tensor:                      # (B, D), standardised; 0 (the mean) where a modality is missing
     "Standardised latents of the modalities in the batch."
-    n = check_batch(batch := {k: to_unit(x) for k, x in batch.items()}, self.modalities)
-    raw = dict(split(self.mean.expand(n, -1), self.modalities))
-    return (join({**raw, **encode_all(self.autoencoders, batch)}, self.modalities) - self.mean) / self.std
+    check_batch(batch := {k: to_unit(x) for k, x in batch.items()}, self.modalities)
+    return self.scale(encode_all(self.autoencoders, batch))
 
 @patch
 @torch.no_grad()
