@@ -9,7 +9,7 @@ import papermill
 import pytest
 
 from mld.cli import execute, table_notebook
-from mld.experiment import read_row_file
+from mld.stages import read_row_file
 
 MLD = str(Path(sys.executable).with_name("mld"))
 

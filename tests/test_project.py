@@ -103,8 +103,8 @@ def used_modules(path, root):
 
 
 def test_imports_go_one_way(root):
-    order = ["vision", "modality", "sde", "toy", "nets", "denoiser", "samplers", "training", "autoencoders", "model", "data", "metrics", "baselines",
-             "experiment", "measure", "report", "cli"]
+    order = ["modality", "sde", "toy", "nets", "denoiser", "samplers", "training", "autoencoders", "model", "guidance", "data", "vision", "metrics", "baselines",
+             "settings", "stages", "experiment", "measure", "report", "cli"]
     found = 0
     for path in (root / "mld").rglob("*.py"):
         here = path.relative_to(root / "mld").with_suffix("").parts[0]
