@@ -209,6 +209,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mld.experiment.Experiment.labels': ('experiment.html#experiment.labels', 'mld/experiment.py'),
                                 'mld.experiment.Experiment.reference': ('experiment.html#experiment.reference', 'mld/experiment.py'),
                                 'mld.experiment.Run': ('experiment.html#run', 'mld/experiment.py'),
+                                'mld.experiment.Run.generated': ('experiment.html#run.generated', 'mld/experiment.py'),
                                 'mld.experiment.Run.model': ('experiment.html#run.model', 'mld/experiment.py'),
                                 'mld.experiment.Run.samples': ('experiment.html#run.samples', 'mld/experiment.py'),
                                 'mld.experiment.Run.score': ('experiment.html#run.score', 'mld/experiment.py'),

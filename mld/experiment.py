@@ -258,6 +258,15 @@ class Run(Encoded):
         settings = {"score": self.score.key, "options": options, "given": given, "seed": self.seed, **self.pick("n_given" if given else "n_joint")}
         return run_stage(self.stages, "samples", settings, make)
 
+    def generated(
+        self,
+        sampler: str,                 # a name in the run's `samplers`
+        given: tuple[str, ...] = (),  # modalities of `conditions`
+        n: int | None = None,         # the first n; all by default
+    ) -> dict[str, Tensor]:           # of what is not given
+        "What was generated, decoded."
+        return self.model.decode(self.samples(sampler, given).tensors["z"][:n], [m for m in self.data.names if m not in given])
+
 # %% ../nbs/42_experiment.ipynb #5bcab90a
 PARAMETERS = ("preset", "seed", "out", "device", "data", "overrides")  # what every table notebook takes
 

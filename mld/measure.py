@@ -86,7 +86,7 @@ def measure_samples(
     for sampler in run.settings.samplers:
         for given in run.subsets:
             stage = run.samples(sampler, given)
-            batch = run.model.decode(stage.tensors["z"], [m for m in run.data.names if m not in given])
+            batch = run.generated(sampler, given)
             found = coherence_rows(run, batch, run.labels if given else None) + fmd_rows(run, batch)
             rows += [{"model": "MLD", "sampler": sampler, "given": ",".join(given), **stage.info, **size, **row} for row in found]
     return rows

@@ -137,7 +137,7 @@ def show_joint(
     n: int = 12,   # columns
 ):
     "Joint samples, one a column; returns the axes."
-    return show_tuples(run.model.decode(run.samples(sampler).tensors["z"][:n]), run.data.modalities, n)
+    return show_tuples(run.generated(sampler, n=n), run.data.modalities, n)
 
 def show_cross(
     run: Run,
@@ -146,11 +146,10 @@ def show_cross(
     n: int = 12,   # columns
 ):
     "Above, what was given; below, what was made of it; returns the axes."
-    others = [m for m in run.data.names if m != given]
-    made = run.model.decode(run.samples(sampler, (given,)).tensors["z"][:n], others)
+    made = run.generated(sampler, (given,), n)
     first = replace(next(m for m in run.data.modalities if m.name == given), name=f"given {given}")
     return show_tuples({first.name: run.conditions([given])[given], **made},
-                       [first, *(m for m in run.data.modalities if m.name in others)], n, titles=run.labels[:n].tolist() if run.has_classes else None)
+                       [first, *(m for m in run.data.modalities if m.name != given)], n, titles=run.labels[:n].tolist() if run.has_classes else None)
 
 def show_failures(
     run: Run,
@@ -158,7 +157,7 @@ def show_failures(
     n: int = 12,   # columns
 ):
     "Joint samples on which the classifiers disagree, with what they read; returns the axes."
-    batch = run.model.decode(run.samples(sampler).tensors["z"])
+    batch = run.generated(sampler)
     seen = torch.stack(list(read(run.classifiers, batch).values()))
     bad = (seen != seen[0]).any(0).nonzero().flatten()[:n]
     if not len(bad): bad = torch.arange(min(n, seen.shape[1]))
