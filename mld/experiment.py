@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARAMETERS', 'label', 'Setup', 'keep', 'Experiment', 'each', 'devices', 'make_stage', 'Encoded', 'Run',
-           'parameters_in', 'open_run', 'Study']
+           'parameters_in', 'open_run', 'reopen', 'Study']
 
 # %% ../nbs/42_experiment.ipynb #062b5dfa
 from collections.abc import Iterable, Mapping
@@ -19,10 +19,10 @@ from .autoencoders import fit_autoencoder
 from .data import celebamask_hq, cub, mhd, mnist_svhn, polydigits, polymnist  # they register themselves
 from .data.dataset import DataSet, load_dataset
 from .metrics.coherence import Classifier, fit_classifier
-from .metrics.frechet import Moments, classifier_moments
 from .modality import Modality, lookup, subsets
 from .model import MLD, encode_all
-from .settings import settings_for
+from .nets import n_params
+from .settings import PROTOCOLS, Protocol, settings_for
 from .stages import Stage, key_of, run_stage, stage_file
 from .training import Training, atomic, side_by_side
 
@@ -57,7 +57,7 @@ class Setup:
         self.stages = Path(out).absolute() / "stages"
         case = [part for part in (dataset, variant) if part] if table else []
         self.folder = Path(out).absolute() / self.table / "-".join([*case, self.preset, f"seed{seed}"])
-        config = {**self.origin, "settings": asdict(self.settings), "version": mld.__version__}
+        config = {"origin": self.origin, "settings": asdict(self.settings), "version": mld.__version__}
         with atomic(self.folder / "config.json") as part: part.write_text(json.dumps(config, indent=1))
 
     def pick(self, *names: str) -> dict:
@@ -105,10 +105,15 @@ def keep(
 # %% ../nbs/42_experiment.ipynb #2b1517f9
 class Experiment(Setup):
     "A data set at some settings, with held-out conditions and classifiers to judge a model by."
+    @property
+    def protocol(self) -> Protocol: return PROTOCOLS[self.settings.protocol]
+
     @cached_property
     def held_out(self) -> Tensor:
-        "Test tuples to condition on, (n_given,): a draw that is the same for every model, seed and sampler."
-        return torch.randperm(len(self.data.test), generator=torch.Generator().manual_seed(0))[:self.settings.n_given]
+        "Test tuples to condition on, (n_given,): the same for every model, seed and sampler."
+        n = len(self.data.test)
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(0)) if self.protocol.shuffled else torch.arange(n)
+        return order[:self.settings.n_given]
 
     def conditions(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         "The named modalities (all by default) of the held-out tuples, as floats."
@@ -146,10 +151,10 @@ class Experiment(Setup):
             out[m.name].load_state_dict(stage.tensors)
         return out
 
-    @cached_property
-    def reference(self) -> dict[str, Moments]:
-        "What Fréchet distances are measured against: moments of the classifiers' features of the test split."
-        return {name: classifier_moments(self.classifiers[name], x) for name, x in self.data.test.batch.items()}
+    @property
+    def reference(self) -> Mapping:
+        "What distances are measured to, name -> (N, *shape): the test split, or under the paper's protocol the conditions."
+        return {k: x[:self.protocol.most] for k, x in self.conditions().items()} if self.protocol.paired else self.data.test.batch
 
 # %% ../nbs/42_experiment.ipynb #e5f13803
 def each(
@@ -220,6 +225,10 @@ class Encoded(Experiment):
         model.mean, model.std = (self.latents.tensors[k].to(self.device) for k in ("mean", "std"))
         return model
 
+    def reconstructions(self, n: int | None = None) -> dict[str, Tensor]:
+        "The held-out tuples (the first n of them), encoded and decoded."
+        return self.coder.decode(self.coder.encode({k: x[:n] for k, x in self.conditions().items()}))
+
 # %% ../nbs/42_experiment.ipynb #21d8edac
 class Run(Encoded):
     "An experiment with a score network, samples, rows and figures: one line of a table."
@@ -241,6 +250,11 @@ class Run(Encoded):
         "The trained model."
         self.coder.denoiser.load_state_dict(self.score.tensors)
         return self.coder
+
+    @property
+    def facts(self) -> dict:
+        "What the rows of its samples say of the model."
+        return {"model": "MLD", "network_params": n_params(self.model.denoiser.net), "train_steps": self.settings.steps}
 
     @property
     def subsets(self) -> list[tuple[str, ...]]:
@@ -288,6 +302,15 @@ def open_run(
 ) -> Run:
     "The run that a notebook's parameters describe; `ValueError` when one of them is mistyped."
     return Run(dataset, **parameters_in(namespace))
+
+def reopen(
+    folder: str | Path,  # of a run
+    **changes,           # arguments of `Run` that differ now: device, progress...
+) -> Run:
+    "The run that left this folder. `FileNotFoundError` where there was none."
+    config = Path(folder) / "config.json"
+    if not config.exists(): raise FileNotFoundError(f"{config.absolute()} is not there: {folder} is not the folder of a run")
+    return Run(**json.loads(config.read_text())["origin"] | {"out": Path(folder).absolute().parents[1]} | changes)
 
 class Study:
     "Runs on several data sets, or of several variants, that make one table; and a folder for what they show together."
