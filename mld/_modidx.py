@@ -326,6 +326,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'mld.model.MLD.names': ('model.html#mld.names', 'mld/model.py'),
                            'mld.model.MLD.sample': ('model.html#mld.sample', 'mld/model.py'),
                            'mld.model.MLD.save': ('model.html#mld.save', 'mld/model.py'),
+                           'mld.model.MLD.scale': ('model.html#mld.scale', 'mld/model.py'),
                            'mld.model.MLD.standardise': ('model.html#mld.standardise', 'mld/model.py'),
                            'mld.model.encode_all': ('model.html#encode_all', 'mld/model.py'),
                            'mld.model.latent_statistics': ('model.html#latent_statistics', 'mld/model.py')},
