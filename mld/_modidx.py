@@ -395,6 +395,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mld.training.Trainer': ('training.html#trainer', 'mld/training.py'),
                               'mld.training.Trainer.__init__': ('training.html#trainer.__init__', 'mld/training.py'),
                               'mld.training.Trainer.check': ('training.html#trainer.check', 'mld/training.py'),
+                              'mld.training.Trainer.note': ('training.html#trainer.note', 'mld/training.py'),
                               'mld.training.Trainer.one_step': ('training.html#trainer.one_step', 'mld/training.py'),
                               'mld.training.Trainer.restore': ('training.html#trainer.restore', 'mld/training.py'),
                               'mld.training.Trainer.run': ('training.html#trainer.run', 'mld/training.py'),

@@ -165,7 +165,7 @@ class Diverged(RuntimeError):
 # %% ../nbs/06_training.ipynb #9732777a
 class Trainer:
     "Minimise a loss over data in memory; see `train`."
-    look = 10  # steps between looks at the losses
+    look = 10  # steps between looks at the losses, of which the history notes some
 
     def __init__(
         self,
@@ -184,12 +184,13 @@ class Trainer:
         self.opt = torch.optim.Adam(model.parameters(), how.lr, fused=True)
         self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(how.ema)) if how.ema else None
         self.generator = torch.Generator(self.device).manual_seed(seed)
-        self.step, self.seconds, self.history, self.recent, self.level = 0, 0., [], [], None
+        self.step, self.seconds, self.history, self.level = 0, 0., [], None
+        self.recent, self.window = [], []  # losses that were not looked at yet, and those since the last note
 
     def state(self) -> dict:
         "Everything that the next step depends on."
         return {"model": self.model.state_dict(), "ema": self.ema and self.ema.state_dict(), "opt": self.opt.state_dict(),
-                "step": self.step, "seconds": self.seconds, "history": self.history, "level": self.level,
+                "step": self.step, "seconds": self.seconds, "history": self.history, "level": self.level, "window": self.window,
                 "rng": [self.generator.get_state(), torch.get_rng_state()],
                 "config": json.dumps(self.config, sort_keys=True)}
 
@@ -201,7 +202,7 @@ class Trainer:
         self.model.load_state_dict(state["model"]), self.opt.load_state_dict(state["opt"])
         if self.ema: self.ema.load_state_dict(state["ema"])
         self.generator.set_state(state["rng"][0].cpu()), torch.set_rng_state(state["rng"][1].cpu())
-        for name in ("step", "seconds", "history", "level"): setattr(self, name, state[name])
+        for name in ("step", "seconds", "history", "level", "window"): setattr(self, name, state[name])
 
     def one_step(
         self,
@@ -222,7 +223,7 @@ class Trainer:
         self.recent.append({k: v.detach() for k, v in parts.items()})
 
     def check(self) -> float:
-        "Mean loss since the last look, noted in `history`; `Diverged` when it is not finite or exploding."
+        "Mean loss since the last note, noted every few steps; `Diverged` when one is not finite or exploding."
         names, last_good = list(self.recent[0]), self.step - len(self.recent)
         values = torch.stack([torch.stack(list(p.values())) for p in self.recent]).float().tolist()
         for i, row in enumerate(values):
@@ -230,12 +231,19 @@ class Trainer:
             if not bad and self.level and sum(row) > 1000 * self.level: bad = [names[row.index(max(row))]]
             if bad: raise Diverged(f"loss of {', '.join(map(repr, bad))} at step {last_good + i + 1} is "
                                    f"{dict(zip(names, row))}; the last checkpoint is from before")
-        means = [sum(column) / len(values) for column in zip(*values)]
-        self.level, self.recent = sum(means), []
-        last = self.step == self.how.steps
-        if last or not self.history or self.step - self.history[-1]["step"] >= math.ceil(self.how.steps / 200):
-            self.history.append({"step": self.step, "seconds": self.seconds, **dict(zip(names, means))})
-        return self.level
+        self.recent, self.window = [], self.window + values
+        means = {name: sum(column) / len(self.window) for name, column in zip(names, zip(*self.window))}
+        if self.step % self.look == 0 or self.step == self.how.steps: self.note(means)
+        return sum(means.values())
+
+    def note(
+        self,
+        means: dict[str, float],  # of the losses since the last note
+    ) -> None:
+        "Add to the history, if its last entry is long enough ago or this is the last step."
+        self.level, self.window = sum(means.values()), []
+        if not self.history or self.step == self.how.steps or self.step - self.history[-1]["step"] >= math.ceil(self.how.steps / 200):
+            self.history.append({"step": self.step, "seconds": self.seconds, **means})
 
     def save(self) -> None:
         "Write a checkpoint, if there is a folder for it."
