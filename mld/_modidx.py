@@ -83,6 +83,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mld.data.files.Recipe': ('files.html#recipe', 'mld/data/files.py'),
                                 'mld.data.files.Recipe.folder': ('files.html#recipe.folder', 'mld/data/files.py'),
                                 'mld.data.files.check': ('files.html#check', 'mld/data/files.py'),
+                                'mld.data.files.check_items': ('files.html#check_items', 'mld/data/files.py'),
                                 'mld.data.files.data_folder': ('files.html#data_folder', 'mld/data/files.py'),
                                 'mld.data.files.download': ('files.html#download', 'mld/data/files.py'),
                                 'mld.data.files.load_prepared': ('files.html#load_prepared', 'mld/data/files.py'),
