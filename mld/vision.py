@@ -20,8 +20,7 @@ def torchvision() -> ModuleType:
         if "torchvision::nms does not exist" not in str(e): raise
         for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]: del sys.modules[name]
         library = torch.library.Library("torchvision", "FRAGMENT")
-        for boxes in ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor", "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"):
-            library.define(boxes)
+        for name in ("nms", "qnms"): library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         DECLARED.append(library)
         import torchvision
     return torchvision

@@ -39,7 +39,7 @@ def read_mask(
 
 # %% ../../nbs/18_celebamask_hq.ipynb #a7f67cf6
 def faces_in(
-    root: Path,
+    root: Path,                      # of CelebAMask-HQ, unpacked
 ) -> tuple[list[Path], np.ndarray]:  # images, and (N, 18) zeros and ones as bytes
     "The images, sorted by name as words, and their attributes. `ValueError` when images and attributes do not match."
     files, names, values = read_attributes(path := root / "CelebAMask-HQ-attribute-anno.txt")
@@ -50,8 +50,8 @@ def faces_in(
 
 # %% ../../nbs/18_celebamask_hq.ipynb #b0630266
 def read_part(
-    root: Path,
-    images: list[Path],
+    root: Path,                # of CelebAMask-HQ, unpacked
+    images: list[Path],        # N of them, named by their numbers
     attributes: np.ndarray,    # (N, 18), of these images
     size: int,                 # sides, in pixels
 ) -> dict[str, np.ndarray]:    # columns
@@ -87,7 +87,11 @@ def build_plain(
     return splits, {"size": 64, "modalities": ["image", "attributes"]}
 
 # %% ../../nbs/18_celebamask_hq.ipynb #e0c6fabf
-def face_block(i: int, o: int, activation: nn.Module = nn.GELU()) -> nn.Module:
+def face_block(
+    i: int,                             # channels that come in
+    o: int,                             # channels that go out
+    activation: nn.Module = nn.GELU(),  # inside and at the end
+) -> nn.Module:
     "From i to o channels: two normalised convolutions beside one of 1x1."
     wide = max(i, o)
     branch = nn.Sequential(nn.Conv2d(i, wide, 3, 1, 1, bias=False), nn.BatchNorm2d(wide), activation,
@@ -96,30 +100,38 @@ def face_block(i: int, o: int, activation: nn.Module = nn.GELU()) -> nn.Module:
 
 class First(nn.Module):
     "The first n channels."
-    def __init__(self, n: int):
+    def __init__(
+        self,
+        n: int,  # channels
+    ):
         super().__init__()
         self.n = n
 
-    def forward(self, x: Tensor) -> Tensor: return x[:, :self.n]
+    def forward(
+        self,
+        x: Tensor,  # (B, C, ...)
+    ) -> Tensor:    # (B, n, ...)
+        "Leave the others out."
+        return x[:, :self.n]
 
 # %% ../../nbs/18_celebamask_hq.ipynb #8c8d7558
 def face_encoder(
-    m: Modality,
+    m: Modality,             # (C, S, S)
     widths: tuple[int, ...],  # channels between the blocks
     reduce: int,              # how much smaller each block makes the image
-) -> nn.Module:
-    "From (C, S, S) to latents."
+) -> nn.Module:              # to (B, m.latent)
+    "The paper's encoder of images or masks."
     blocks = [layer for i, o in pairwise(widths) for layer in (face_block(i, o), nn.AvgPool2d(reduce))]
     kept, side = widths[-1] // 2, m.shape[-1] // 2 // reduce ** (len(widths) - 1)
     return nn.Sequential(nn.Conv2d(m.shape[0], 64, 5, 1, 2), nn.BatchNorm2d(64), nn.LeakyReLU(.1), nn.AvgPool2d(2), *blocks,
                          First(kept), nn.Flatten(), nn.Linear(kept * side ** 2, m.latent))
 
 def face_decoder(
-    m: Modality,
+    m: Modality,             # (C, S, S)
     widths: tuple[int, ...],  # channels between the blocks
     enlarge: int,             # how much larger each block makes the image
-) -> nn.Module:
-    "From latents to (C, S, S)."
+) -> nn.Module:              # from (B, m.latent)
+    "The paper's decoder of images or masks."
     blocks = [layer for i, o in pairwise(widths) for layer in (face_block(i, o), nn.Upsample(scale_factor=enlarge, mode="bilinear"))]
     side = m.shape[-1] // enlarge ** (len(widths) - 1)
     return nn.Sequential(nn.Linear(m.latent, widths[0] * side ** 2), nn.ReLU(), nn.Unflatten(1, (widths[0], side, side)), *blocks,
@@ -149,8 +161,12 @@ register_architecture(
     lambda m: nn.Sequential(*stack(m.latent, 128, 128), nn.Linear(128, *m.shape)))
 
 # %% ../../nbs/18_celebamask_hq.ipynb #2735b38c
-def show_attributes(modality: Modality, x: Tensor, ax) -> None:
-    "Write which of (18,), zeros and ones or logits, are on."
+def show_attributes(
+    modality: Modality,          # whose `names` the attributes have
+    x: Tensor,                   # (18,), zeros and ones or logits
+    ax: "matplotlib.axes.Axes",  # to write on
+) -> None:
+    "Write which attributes are on."
     on = ", ".join(name.replace("_", " ").lower() for name, value in zip(modality.names, x) if value > 0)
     ax.text(.5, .5, textwrap.fill(on, 22), ha="center", va="center", fontsize=5, transform=ax.transAxes)
 
@@ -164,7 +180,7 @@ def face_modalities(
     pairs = {"paper": ("celeba_image", "celeba_mask", "celeba_attributes"), "ours": ("halving", "halving", "attributes")}
     image, mask, attributes = pairs[autoencoders]
     known = (Modality("image", (3, facts["size"], facts["size"]), 256, image),
-             Modality("mask", (1, facts["size"], facts["size"]), 128, mask),
+             Modality("mask", (1, facts["size"], facts["size"]), 128, mask, kind="mask"),
              Modality("attributes", (len(ATTRIBUTES),), 32, attributes, "bernoulli", kind="attributes", names=ATTRIBUTES))
     return tuple(m for m in known if m.name in facts["modalities"])
 

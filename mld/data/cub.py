@@ -27,7 +27,7 @@ from ..training import CorruptFile
 WORD = re.compile(r"n't\b|'(?:s|m|d|ll|re|ve)\b|\w+(?=n't\b)|\w+(?:[-./]\w+)*|\.\.\.|[^\w\s]")
 
 def words_in(
-    caption: str,
+    caption: str,  # a sentence or more
 ) -> list[str]:
     "The words and punctuation marks of a caption."
     return WORD.findall(caption)
@@ -47,8 +47,8 @@ def make_vocabulary(
 
 # %% ../../nbs/17_cub.ipynb #91fa8bbd
 def tokens_of(
-    captions: Iterable[str],
-    vocabulary: Sequence[str],
+    captions: Iterable[str],    # N of them
+    vocabulary: Sequence[str],  # special tokens first
 ) -> np.ndarray:                # (N, 32), int16
     "Captions as numbers of words."
     number = {word: k for k, word in enumerate(vocabulary)}
@@ -58,7 +58,7 @@ def tokens_of(
 # %% ../../nbs/17_cub.ipynb #180ac390
 def words_of(
     tokens: Iterable[int],      # numbers of words, (32,)
-    vocabulary: Sequence[str],
+    vocabulary: Sequence[str],  # special tokens first
 ) -> str:
     "The sentence that tokens stand for."
     numbers = [int(k) for k in tokens]
@@ -81,18 +81,18 @@ def captions_in(
 
 # %% ../../nbs/17_cub.ipynb #66665e3f
 def captioned(
-    images: np.ndarray,        # (N, 3, 64, 64), bytes
-    captions: np.ndarray,      # (N, 10), strings
-    labels: np.ndarray,        # (N, ...), of the images
-    vocabulary: Sequence[str],
-) -> dict[str, np.ndarray]:    # columns of 10 N tuples
+    images: np.ndarray,         # (N, 3, 64, 64), bytes
+    captions: np.ndarray,       # (N, 10), strings
+    labels: np.ndarray,         # (N, ...), of the images
+    vocabulary: Sequence[str],  # special tokens first
+) -> dict[str, np.ndarray]:     # columns of 10 N tuples
     "A split in which every image meets each of its captions."
     return {"image": images, "image.index": np.repeat(np.arange(len(images)), EACH),
             "sentence": tokens_of(captions.ravel(), vocabulary), "labels": np.repeat(labels, EACH, 0)}
 
 # %% ../../nbs/17_cub.ipynb #dc61b578
 def birds_in(
-    folder: Path,
+    folder: Path,  # with a folder of species for each part, train and test
 ) -> tuple[dict[str, list[Path]], list[str]]:  # photos by part, and the names of the species
     "Photos in the order of their captions. `ValueError` when a species is both in train and in test."
     photos = {part: sorted((folder / part).glob("*/*.jpg")) for part in ("train", "test")}
@@ -135,7 +135,7 @@ LINKS = (" with ", " who has ")
 def caption_of(
     attributes: Sequence[int],  # zeros and ones, (18,)
     number: int,                # of the caption
-    seed: int = 0,
+    seed: int = 0,              # of all captions
 ) -> str:
     "A sentence that says which attributes a face has; the same for the same attributes, number and seed."
     rng = np.random.default_rng([seed, number])
@@ -151,7 +151,7 @@ def caption_of(
     return pick(BEGINNINGS) + " ".join(["a", *before, who]) + (pick(LINKS) if listed else "") + ", ".join(some) + " and " * bool(some) + last + "."
 
 def attributes_of(
-    caption: str,
+    caption: str,  # as `caption_of` writes it
 ) -> np.ndarray:   # zeros and ones, bytes, (18,)
     "The attributes that a caption speaks of."
     text = f" {' '.join(words_in(caption))} "
@@ -174,26 +174,43 @@ def build_faces(
 # %% ../../nbs/17_cub.ipynb #70c0f28a
 class Residual(nn.Module):
     "a * shortcut(x) + b * branch(x)."
-    def __init__(self, shortcut: nn.Module, branch: nn.Module, a: float = 1., b: float = 1.):
+    def __init__(
+        self,
+        shortcut: nn.Module,  # of x, often x itself
+        branch: nn.Module,    # its output has the shape of the shortcut's
+        a: float = 1.,        # weight of the shortcut
+        b: float = 1.,        # weight of the branch
+    ):
         super().__init__()
         self.shortcut, self.branch, self.a, self.b = shortcut, branch, a, b
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,  # (B, ...)
+    ) -> Tensor:
+        "The weighted sum."
         return self.a * self.shortcut(x) + self.b * self.branch(x)
 
-def image_block(i: int, o: int) -> nn.Module:
+def image_block(
+    i: int,  # channels that come in
+    o: int,  # channels that go out
+) -> nn.Module:
     "From i to o channels, mostly as they are: a tenth of two convolutions is added."
     hidden = min(i, o)
     branch = nn.Sequential(nn.LeakyReLU(.2), nn.Conv2d(i, hidden, 3, 1, 1), nn.LeakyReLU(.2), nn.Conv2d(hidden, o, 3, 1, 1))
     return Residual(nn.Identity() if i == o else nn.Conv2d(i, o, 1, bias=False), branch, 1., .1)
 
-def cub_image_encoder(m: Modality) -> nn.Module:
+def cub_image_encoder(
+    m: Modality,  # (3, 64, 64)
+) -> nn.Module:   # to (B, m.latent)
     "The paper's residual encoder for 3x64x64."
     return nn.Sequential(
         nn.Conv2d(3, 64, 3, 1, 1), image_block(64, 64), nn.AvgPool2d(3, 2, 1), image_block(64, 128), nn.AvgPool2d(3, 2, 1), image_block(128, 256),
         nn.Flatten(), nn.LeakyReLU(.2), nn.Linear(256 * 16 * 16, m.latent))
 
-def cub_image_decoder(m: Modality) -> nn.Module:
+def cub_image_decoder(
+    m: Modality,  # (3, 64, 64)
+) -> nn.Module:   # from (B, m.latent)
     "The paper's residual decoder for 3x64x64."
     return nn.Sequential(
         nn.Linear(m.latent, 256 * 16 * 16), nn.Unflatten(1, (256, 16, 16)), image_block(256, 128), nn.Upsample(scale_factor=2),
@@ -204,20 +221,33 @@ register_architecture("cub_image", cub_image_encoder, cub_image_decoder)
 # %% ../../nbs/17_cub.ipynb #594a2ab5
 class Turn(nn.Module):
     "(B, tokens, words) to (B, words, tokens), and back."
-    def forward(self, x: Tensor) -> Tensor: return x.transpose(1, 2)
+    def forward(
+        self,
+        x: Tensor,  # (B, tokens, words)
+    ) -> Tensor:    # (B, words, tokens)
+        "Swap the last two dimensions."
+        return x.transpose(1, 2)
 
-def text_block(i: int, o: int, conv: type[nn.Module]) -> nn.Module:
-    "From i to o channels at half the length (`nn.Conv1d`) or twice the length (`nn.ConvTranspose1d`)."
+def text_block(
+    i: int,                 # channels that come in
+    o: int,                 # channels that go out
+    conv: type[nn.Module],  # `nn.Conv1d` halves the length, `nn.ConvTranspose1d` doubles it
+) -> nn.Module:
+    "From i to o channels at half or twice the length."
     branch = nn.Sequential(nn.BatchNorm1d(i), nn.ReLU(), conv(i, i, 1), nn.Dropout(.5),
                            nn.BatchNorm1d(i), nn.ReLU(), conv(i, o, 4, 2, 1), nn.Dropout(.5))
     return Residual(nn.Sequential(conv(i, o, 4, 2, 1), nn.BatchNorm1d(o)), branch, 2., .3)
 
-def cub_text_encoder(m: Modality) -> nn.Module:
+def cub_text_encoder(
+    m: Modality,  # (32, V)
+) -> nn.Module:   # to (B, m.latent)
     "The paper's residual encoder for 32 tokens."
     blocks = [text_block(i, o, nn.Conv1d) for i, o in pairwise((32, 64, 96, 128, 160))]
     return nn.Sequential(Turn(), nn.Conv1d(m.shape[1], 32, 4, 2, 1), *blocks, nn.Flatten(), nn.ReLU(), nn.Linear(160, m.latent))
 
-def cub_text_decoder(m: Modality) -> nn.Module:
+def cub_text_decoder(
+    m: Modality,  # (32, V)
+) -> nn.Module:   # from (B, m.latent)
     "The paper's residual decoder for 32 tokens; it gives logits."
     blocks = [text_block(i, o, nn.ConvTranspose1d) for i, o in pairwise((160, 128, 96, 64, 32))]
     return nn.Sequential(nn.Linear(m.latent, 160), nn.Unflatten(1, (160, 1)), *blocks, nn.ConvTranspose1d(32, m.shape[1], 4, 2, 1), Turn())
@@ -225,15 +255,23 @@ def cub_text_decoder(m: Modality) -> nn.Module:
 register_architecture("cub_text", cub_text_encoder, cub_text_decoder)
 
 # %% ../../nbs/17_cub.ipynb #e6c93340
-def words_encoder(m: Modality, vector: int = 32, hidden: int = 512) -> nn.Module:
-    "Encoder for tokens one-hot, (32, V)."
+def words_encoder(
+    m: Modality,         # (32, V), one-hot
+    vector: int = 32,    # numbers that stand for a word
+    hidden: int = 512,   # width of the layer next to the latents
+) -> nn.Module:          # to (B, m.latent)
+    "Encoder of captions, with batch normalisation."
     return nn.Sequential(
         nn.Linear(m.shape[1], vector, bias=False), nn.Flatten(),
         nn.Linear(m.shape[0] * vector, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
         nn.Linear(hidden, m.latent), nn.BatchNorm1d(m.latent, affine=False))
 
-def words_decoder(m: Modality, vector: int = 32, hidden: int = 512) -> nn.Module:
-    "Decoder to logits of tokens, (32, V)."
+def words_decoder(
+    m: Modality,         # (32, V), one-hot
+    vector: int = 32,    # numbers that stand for a word
+    hidden: int = 512,   # width of the layer next to the latents
+) -> nn.Module:          # from (B, m.latent)
+    "Decoder to logits of words, with batch normalisation."
     return nn.Sequential(
         nn.Linear(m.latent, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
         nn.Linear(hidden, m.shape[0] * vector, bias=False), nn.BatchNorm1d(m.shape[0] * vector), nn.ReLU(),
@@ -242,8 +280,12 @@ def words_decoder(m: Modality, vector: int = 32, hidden: int = 512) -> nn.Module
 register_architecture("words", words_encoder, words_decoder)
 
 # %% ../../nbs/17_cub.ipynb #71609b41
-def show_caption(modality: Modality, x: Tensor, ax) -> None:
-    "Write (32, V), one-hot or logits, as a sentence."
+def show_caption(
+    modality: Modality,          # whose `names` are the vocabulary
+    x: Tensor,                   # (32, V), one-hot or logits
+    ax: "matplotlib.axes.Axes",  # to write on
+) -> None:
+    "Write a caption as a sentence."
     text = textwrap.fill(words_of(x.argmax(-1), modality.names), 22)
     ax.text(.5, .5, text, ha="center", va="center", fontsize=5, transform=ax.transAxes)
 

@@ -37,7 +37,7 @@ def read_picture(
 def held_out(
     n: int,                          # training items
     n_val: int,                      # how many of them to hold out
-    seed: int = 0,
+    seed: int = 0,                   # of the choice
 ) -> tuple[np.ndarray, np.ndarray]:  # indices of what is left and of what is held out, each in order
     "Cut validation items from the training items."
     if not 0 < n_val < n: raise ValueError(f"cannot hold out {n_val} of {n} training items")
@@ -45,17 +45,25 @@ def held_out(
     return np.sort(order[n_val:]), np.sort(order[:n_val])
 
 # %% ../../nbs/16_pictures.ipynb #221eca8e
-def channels(m: Modality, width: int = 16, most: int = 128) -> list[int]:
+def channels(
+    m: Modality,       # (C, S, S), S a power of two
+    width: int = 16,   # of the first map
+    most: int = 128,   # that a map may have
+) -> list[int]:
     "Channels of the image, then of the maps that halve it until they are 4x4."
     return [m.shape[0], *(min(width << k, most) for k in range(int(math.log2(m.shape[-1])) - 2))]
 
-def halving_encoder(m: Modality) -> nn.Module:
-    "Encoder for (C, S, S), S a power of two."
+def halving_encoder(
+    m: Modality,  # (C, S, S), S a power of two
+) -> nn.Module:   # to (B, m.latent)
+    "Encoder of square images, with batch normalisation."
     steps = [layer for i, o in pairwise(channels(m)) for layer in (nn.Conv2d(i, o, 4, 2, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())]
     return nn.Sequential(*steps, nn.Flatten(), nn.Linear(16 * channels(m)[-1], m.latent), nn.BatchNorm1d(m.latent, affine=False))
 
-def halving_decoder(m: Modality) -> nn.Module:
-    "Decoder for (C, S, S), S a power of two."
+def halving_decoder(
+    m: Modality,  # (C, S, S), S a power of two
+) -> nn.Module:   # from (B, m.latent)
+    "Decoder of square images, with batch normalisation."
     wide, *_ = up = channels(m)[:0:-1]
     steps = [layer for i, o in pairwise(up) for layer in (nn.ConvTranspose2d(i, o, 4, 2, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())]
     return nn.Sequential(nn.Linear(m.latent, 16 * wide, bias=False), nn.BatchNorm1d(16 * wide), nn.ReLU(), nn.Unflatten(1, (wide, 4, 4)),
@@ -65,7 +73,7 @@ register_architecture("halving", halving_encoder, halving_decoder)
 
 # %% ../../nbs/16_pictures.ipynb #61244fed
 def read_attributes(
-    path: Path,
+    path: Path,                                # of the text
 ) -> tuple[list[str], list[str], np.ndarray]:  # files, names, and (files, names) zeros and ones as bytes
     "A list of attributes as CelebA and CelebAMask-HQ have it. `CorruptFile` when it is not whole."
     try:
