@@ -70,37 +70,57 @@ def register_architecture(
     ARCHITECTURES[name] = (encoder, decoder)
 
 # %% ../nbs/00_modality.ipynb #b0258903
-def show_image(modality: "Modality", x: Tensor, ax) -> None:
-    "Draw (1 or 3, H, W) in [0, 1]."
+def show_image(
+    modality: "Modality",        # whose sample it is
+    x: Tensor,                   # (1 or 3, H, W) in [0, 1]
+    ax: "matplotlib.axes.Axes",  # to draw on
+) -> None:
+    "Draw an image."
     ax.imshow(x.clamp(0, 1).permute(1, 2, 0).squeeze(), cmap="gray", vmin=0, vmax=1)
 
-def show_curve(modality: "Modality", x: Tensor, ax) -> None:
-    "Draw numbers of any shape, one after another."
+def show_curve(
+    modality: "Modality",        # whose sample it is
+    x: Tensor,                   # of any shape
+    ax: "matplotlib.axes.Axes",  # to draw on
+) -> None:
+    "Draw numbers, one after another."
     ax.plot(x.flatten(), lw=1)
 
-KINDS: dict[str, Callable] = {"image": show_image, "curve": show_curve}  # kind -> (modality, one sample, axes)
+KINDS: dict[str, Callable] = {"image": show_image, "mask": show_image, "curve": show_curve}  # kind -> (modality, one sample, axes)
 
 # %% ../nbs/00_modality.ipynb #d8b54855
 @dataclass(frozen=True)
 class Modality:
     "One kind of data: its name, shape, latent size, networks and likelihood."
-    name: str
+    name: str                         # its key in a batch
     shape: tuple[int, ...]            # of one sample
     latent: int                       # size of its latent vector
     architecture: str                 # a name in `ARCHITECTURES`
     likelihood: str = "gaussian"      # a name in `LIKELIHOODS`
     limits: tuple[float, float] | None = (0., 1.)  # valid range of the data; None: any finite number
-    kind: str = ""                    # how it is drawn, a name in `KINDS`; by default an image if it is shaped like one, else a curve
+    kind: str = ""                    # what it is and how it is drawn, a name in `KINDS`; by default an image if shaped like one, else a curve
     names: tuple[str, ...] = ()       # of the last dimension, where it has any: the words of a vocabulary, the attributes
 
-    def encoder(self) -> nn.Module: return lookup("architecture", self.architecture, ARCHITECTURES)[0](self)
-    def decoder(self) -> nn.Module: return lookup("architecture", self.architecture, ARCHITECTURES)[1](self)
+    def encoder(self) -> nn.Module:
+        "A new network from (B, *shape) to (B, latent)."
+        return lookup("architecture", self.architecture, ARCHITECTURES)[0](self)
 
-    def loss(self, x: Tensor, x_hat: Tensor) -> Tensor:
-        "Negative log-likelihood of each sample, (B,)."
+    def decoder(self) -> nn.Module:
+        "A new network from (B, latent) to (B, *shape)."
+        return lookup("architecture", self.architecture, ARCHITECTURES)[1](self)
+
+    def loss(
+        self,
+        x: Tensor,      # data, (B, *shape)
+        x_hat: Tensor,  # what the decoder gives, (B, *shape)
+    ) -> Tensor:        # (B,)
+        "Negative log-likelihood of each sample."
         return lookup("likelihood", self.likelihood, LIKELIHOODS)(x, x_hat)
 
-    def check(self, x: Tensor) -> Tensor:
+    def check(
+        self,
+        x: Tensor,  # that should be (B, *shape), finite and within the limits
+    ) -> Tensor:
         "`x` itself, or a `ValueError` that says what came and what was expected."
         want = f"modality {self.name!r}: expected a float tensor (B, {', '.join(map(str, self.shape))})"
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -113,7 +133,11 @@ class Modality:
             raise ValueError(f"{want} in [{low:g}, {high:g}], got values in [{x.min():.3g}, {x.max():.3g}]")
         return x
 
-    def show(self, x: Tensor, ax=None):
+    def show(
+        self,
+        x: Tensor,                                 # one sample, (*shape)
+        ax: "matplotlib.axes.Axes | None" = None,  # by default of a small figure of its own
+    ) -> "matplotlib.axes.Axes":
         "Draw one sample. Returns the axes."
         from matplotlib import pyplot as plt
         ax = ax or plt.subplots(figsize=(1.2, 1.2))[1]
@@ -165,16 +189,26 @@ class Column:
         return F.one_hot(x.long(), self.classes).float() if self.classes else x
 
     @property
-    def shape(self) -> tuple[int, ...]: return (len(self), *self.stored.shape[1:], *([self.classes] if self.classes else []))
+    def shape(self) -> tuple[int, ...]:
+        "What the tensor's would be."
+        return (len(self), *self.stored.shape[1:], *([self.classes] if self.classes else []))
 
     @property
-    def device(self) -> torch.device: return self.stored.device
+    def device(self) -> torch.device:
+        "Where it is stored."
+        return self.stored.device
 
-    def split(self, n: int) -> Iterator[Tensor]:
+    def split(
+        self,
+        n: int,  # rows
+    ) -> Iterator[Tensor]:
         "Chunks of n rows."
         return (self[i:i + n] for i in range(0, len(self), n))
 
-    def first(self, n: int) -> "Column":
+    def first(
+        self,
+        n: int,  # rows
+    ) -> "Column":
         "The first n rows."
         return Column(self.stored[:n], None, self.classes) if self.index is None else Column(self.stored, self.index[:n], self.classes)
 
@@ -193,14 +227,14 @@ def subsets(
 # %% ../nbs/00_modality.ipynb #612d50cb
 def join(
     parts: Mapping[str, Tensor],     # name -> (B, latent)
-    modalities: Sequence[Modality],
+    modalities: Sequence[Modality],  # in the model's order
 ) -> Tensor:                         # (B, D)
     "Concatenate latents in the model's order."
     return torch.cat([parts[m.name] for m in modalities], 1)
 
 def split(
     z: Tensor,                       # (B, D)
-    modalities: Sequence[Modality],
+    modalities: Sequence[Modality],  # in the model's order
 ) -> dict[str, Tensor]:              # name -> (B, latent)
     "Cut z into the latents of each modality; the inverse of `join`."
     return dict(zip([m.name for m in modalities], z.split([m.latent for m in modalities], 1)))

@@ -32,9 +32,9 @@ class Mixture:
 
     def sample(
         self,
-        n: int,
-        generator: torch.Generator,
-    ) -> tuple[Tensor, Tensor]:  # z (n, D), classes (n,)
+        n: int,                      # samples
+        generator: torch.Generator,  # of classes, sub-modes and noise
+    ) -> tuple[Tensor, Tensor]:      # z (n, D), classes (n,)
         "Draw a class, a sub-mode for each latent, and Gaussian noise around it."
         c = torch.randint(self.n_classes, (n,), generator=generator)
         modes = [torch.randint(self.n_modes, (n,), generator=generator) for _ in self.sizes]
@@ -43,10 +43,10 @@ class Mixture:
 
 # %% ../nbs/02_toy.ipynb #ff0e9d03
 def mode_log_probs(
-    toy: Mixture,
+    toy: Mixture,                      # whose law it is
     z_t: Tensor,                       # (B, D)
     t: Tensor,                         # (B, M)
-    process: VPProcess = VPProcess(),
+    process: VPProcess = VPProcess(),  # of the noise
 ) -> list[Tensor]:                     # per latent, (B, C, K)
     "$\\log p(z_t^m, k \\mid c)$: log density of each noisy latent and each of its sub-modes, given each class."
     out = []
@@ -58,45 +58,45 @@ def mode_log_probs(
     return out
 
 def class_log_probs(
-    toy: Mixture,
+    toy: Mixture,                      # whose law it is
     z_t: Tensor,                       # (B, D)
     t: Tensor,                         # (B, M)
-    process: VPProcess = VPProcess(),
+    process: VPProcess = VPProcess(),  # of the noise
 ) -> Tensor:                           # (B, M, C)
     "$\\log p(z_t^m \\mid c)$ for each latent and class."
     return torch.stack([lp.logsumexp(2) for lp in mode_log_probs(toy, z_t, t, process)], 1)
 
 def log_prob(
-    toy: Mixture,
+    toy: Mixture,                      # whose law it is
     z_t: Tensor,                       # (B, D)
     t: Tensor,                         # (B, M)
-    process: VPProcess = VPProcess(),
+    process: VPProcess = VPProcess(),  # of the noise
 ) -> Tensor:                           # (B,)
     "$\\log p(z_t)$ at a multi-time state; at t = 0 the density of the data."
     return class_log_probs(toy, z_t, t, process).sum(1).logsumexp(1) - math.log(toy.n_classes)
 
 # %% ../nbs/02_toy.ipynb #d0b647d4
 def classify(
-    toy: Mixture,
-    z: Tensor,  # clean latents, (B, D)
-) -> Tensor:    # (B, M) class of each latent
+    toy: Mixture,  # whose law is known
+    z: Tensor,     # clean latents, (B, D)
+) -> Tensor:       # (B, M) class of each latent
     "Bayes-optimal class of each latent, on its own."
     return class_log_probs(toy, z, z.new_zeros(len(z), len(toy.sizes))).argmax(2)
 
 def coherence(
-    toy: Mixture,
-    z: Tensor,  # clean latents, (B, D)
-) -> float:     # in [0, 1]
+    toy: Mixture,  # whose law is known
+    z: Tensor,     # clean latents, (B, D)
+) -> float:        # in [0, 1]
     "Fraction of samples whose latents are all read as the same class."
     read = classify(toy, z)
     return (read == read[:, :1]).all(1).float().mean().item()
 
 # %% ../nbs/02_toy.ipynb #e7011c1e
 def posterior_mean(
-    toy: Mixture,
+    toy: Mixture,                      # whose law it is
     z_t: Tensor,                       # (B, D)
     t: Tensor,                         # (B, M)
-    process: VPProcess = VPProcess(),
+    process: VPProcess = VPProcess(),  # of the noise
 ) -> Tensor:                           # (B, D)
     "$\\mathbb E[z \\mid z_t]$ at a multi-time state; a modality at t = 0 comes back as it is."
     modes = mode_log_probs(toy, z_t, t, process)
@@ -111,7 +111,11 @@ def posterior_mean(
 
 class ExactEps(nn.Module):
     "The network that training can only approach: predicts the noise of a `Mixture` exactly."
-    def __init__(self, toy: Mixture, process: VPProcess = VPProcess()):
+    def __init__(
+        self,
+        toy: Mixture,                      # whose noise it predicts
+        process: VPProcess = VPProcess(),  # that made it
+    ):
         super().__init__()
         self.toy, self.process = toy, process
 
@@ -119,14 +123,15 @@ class ExactEps(nn.Module):
         self,
         z_t: Tensor,  # (B, D)
         t: Tensor,    # (B, M)
-    ) -> Tensor:      # predicted noise, (B, D); zero where t = 0
+    ) -> Tensor:      # (B, D); zero where t = 0
+        "The expected noise."
         alpha_t, sigma_t = self.process.alpha_sigma(t[:, owners(self.toy.sizes)])
         eps = (z_t - alpha_t * posterior_mean(self.toy, z_t, t, self.process)) / sigma_t
         return torch.where(sigma_t > 0, eps, 0.)
 
 # %% ../nbs/02_toy.ipynb #1e14b330
 def class_posterior(
-    toy: Mixture,
+    toy: Mixture,   # whose law is known
     z: Tensor,      # clean latents, (B, D)
     given: Tensor,  # which latents are known, bool (B, M) or (M,)
 ) -> Tensor:        # (B, C)
@@ -135,7 +140,7 @@ def class_posterior(
     return torch.where(given[..., None].expand_as(lp), lp, 0.).sum(1).softmax(1)
 
 def moments(
-    toy: Mixture,
+    toy: Mixture,              # whose law is known
     p_class: Tensor,           # weight of each class, (C,)
 ) -> tuple[Tensor, Tensor]:    # mean (D,), covariance (D, D)
     "Exact mean and covariance of the latents when the classes have these weights."

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from mld.data.celebamask_hq import PARTS, build_masked, build_plain, face_modalities, read_mask
 from mld.data.files import RECIPES, check, load_prepared, prepare
 from mld.data.pictures import ATTRIBUTES, FACES, pack_faces
+from mld.metrics.reconstruction import f1, measures_of
 from mld.training import CorruptFile
 
 NAMES = """5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose Black_Hair Blond_Hair Blurry Brown_Hair Bushy_Eyebrows
@@ -183,6 +184,13 @@ def test_every_parameter_learns(autoencoders, size):
         for name, p in [*encoder.named_parameters(), *decoder.named_parameters()]:
             assert p.grad is not None and p.grad.isfinite().all(), f"{m.architecture}: {name}"
         assert decoder.eval()(encoder.eval()(x[:1])).shape == (1, *m.shape)
+
+
+def test_a_mask_is_measured_by_what_it_covers_and_drawn_as_an_image():
+    image, mask, attributes = face_modalities({"size": 64, "modalities": ["image", "mask", "attributes"]})
+    assert measures_of(mask) == {"f1": f1}
+    assert list(measures_of(attributes)) == ["f1"] and "f1" not in measures_of(image)
+    assert mask.show(torch.rand(1, 64, 64)).images[0].get_array().shape == (64, 64)
 
 
 def test_attributes_are_drawn_whether_they_are_data_or_logits():

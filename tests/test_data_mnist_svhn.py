@@ -134,6 +134,13 @@ def test_the_paper_s_networks_are_had_by_name(raw):
         assert m.decoder()(m.encoder()(data.test.rows([0])[m.name])).shape == (1, *m.shape)
 
 
+def test_our_networks_keep_more_of_images_in_colour(raw):
+    data = load_prepared(small("open"), raw)
+    assert [(m.architecture, m.latent, m.likelihood) for m in data.modalities] == [("conv_bn", 16, "gaussian"), ("conv_bn_flat", 256, "gaussian")]
+    for m in data.modalities:
+        assert m.decoder()(m.encoder()(data.test.rows([0, 1])[m.name])).shape == (2, *m.shape)
+
+
 @pytest.mark.parametrize("source, path, keep", [("paper", MNIST["train"][0].path, .5), ("paper", MNIST["test"][1].path, .9), ("paper", SVHN["train"].path, .5),
                                                 ("paper", SVHN["test"].path, .05), ("open", PHOTOS.path, .9), ("open", PHOTOS.path, .1)])
 def test_a_truncated_file_is_named_and_leaves_nothing(raw, source, path, keep):

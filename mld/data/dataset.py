@@ -22,39 +22,52 @@ class Split:
 
     def __len__(self) -> int: return len(self.labels)
 
-    def first(self, n: int) -> "Split":
+    def first(
+        self,
+        n: int,  # tuples
+    ) -> "Split":
         "The first n tuples; all of them for 0."
         return Split({k: x.first(n) if isinstance(x, Column) else x[:n] for k, x in self.batch.items()}, self.labels[:n]) if n else self
 
-    def rows(self, index: Sequence[int] | slice | Tensor = slice(None), names: Sequence[str] | None = None) -> dict[str, Tensor]:
-        "Rows of the named modalities (all by default), as floats."
+    def rows(
+        self,
+        index: Sequence[int] | slice | Tensor = slice(None),  # which tuples
+        names: Sequence[str] | None = None,                   # which modalities; by default all
+    ) -> dict[str, Tensor]:                                   # name -> (B, *shape)
+        "Rows of the named modalities, as floats."
         return {k: to_unit(self.batch[k][index]) for k in names or self.batch}
-
-    def fingerprint(self, rows: int = 256) -> str:
-        "Sixteen hexadecimal digits that stand for the content: sizes, and some rows from all over."
-        digest, pick = hashlib.sha256(), torch.linspace(0, len(self) - 1, min(rows, len(self))).long()
-        for x in (*self.batch.values(), self.labels):
-            digest.update(f"{tuple(x.shape)} {x[pick].dtype}".encode()), digest.update(x[pick].contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
 
 @dataclass(frozen=True)
 class DataSet:
     "Modalities and three splits that share no original image, writer or clip."
-    name: str
-    modalities: tuple[Modality, ...]
-    train: Split
-    val: Split
-    test: Split
-    source: str = "embedded"  # or "open", "paper"
+    name: str                         # in `DATASETS`
+    modalities: tuple[Modality, ...]  # in their order
+    train: Split                      # to fit autoencoders, score networks and judges
+    val: Split                        # to choose by
+    test: Split                       # to report on
+    source: str = "embedded"          # a name in `SOURCES`
 
     @property
-    def names(self) -> list[str]: return [m.name for m in self.modalities]
+    def names(self) -> list[str]:
+        "Of the modalities, in their order."
+        return [m.name for m in self.modalities]
 
+    def fingerprint(
+        self,
+        rows: int = 256,  # that are looked at, of each split
+    ) -> str:
+        "Sixteen hexadecimal digits that stand for the content: sizes, and some rows from all over each split."
+        digest = hashlib.sha256()
+        for split in (self.train, self.val, self.test):
+            pick = torch.linspace(0, len(split) - 1, min(rows, len(split))).long()
+            for x in (*split.batch.values(), split.labels):
+                digest.update(f"{tuple(x.shape)} {x[pick].dtype}".encode()), digest.update(x[pick].contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
 # %% ../../nbs/10_dataset.ipynb #d4aa86af
 def show_tuples(
     batch: Mapping[str, Tensor],      # name -> (N, *shape), bytes or floats
-    modalities: Sequence[Modality],
+    modalities: Sequence[Modality],   # rows, in this order; those that are not in the batch are left out
     n: int = 10,                      # columns
     titles: Sequence | None = None,   # of the columns
     size: float = .9,                 # inches a cell
@@ -76,7 +89,7 @@ SOURCES = ("paper", "open", "embedded")
 DATASETS: dict[str, dict[str, Callable[..., DataSet]]] = {}  # name -> source -> loader
 
 def register_dataset(
-    name: str,
+    name: str,                      # of the data set
     source: str,                    # one of `SOURCES`
     load: Callable[..., DataSet],   # takes options by name
 ) -> None:
@@ -84,9 +97,9 @@ def register_dataset(
     DATASETS.setdefault(name, {})[lookup("source", source, SOURCES)] = load
 
 def load_dataset(
-    name: str,
+    name: str,          # of the data set
     source: str = "",   # one of `SOURCES`; by default the last of them that the data set has
-    **options,          # of its loader
+    **options: object,  # of its loader
 ) -> DataSet:
     "A data set by name. `ValueError` lists names and sources; `FileNotFoundError` says what to get and how."
     sources = lookup("data set", name, DATASETS)
@@ -94,7 +107,7 @@ def load_dataset(
 
 # %% ../../nbs/10_dataset.ipynb #48478047
 def shared_items(
-    a: Tensor | Column,
+    a: Tensor | Column,  # a modality in one split
     b: Tensor | Column,  # the same modality in another split
 ) -> int:
     "How many distinct stored items are in both."

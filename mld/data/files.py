@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'SPLITS', 'data_folder', 'prepared_folder', 'File', 'sha256_of', 'verify', 'download', 'Recipe',
-           'register_recipe', 'prepare', 'read_split', 'load_prepared', 'check']
+           'register_recipe', 'prepare', 'read_split', 'load_prepared', 'check_items', 'check']
 
 # %% ../../nbs/12_files.ipynb #cc63638b
 from collections.abc import Callable
@@ -16,9 +16,10 @@ import hashlib, json, os, shutil, tempfile
 import numpy as np
 import torch
 from filelock import FileLock
+from torch import Tensor
 from tqdm import tqdm
 from .dataset import DataSet, Split, register_dataset, shared_items
-from ..modality import Column, Modality, lookup
+from ..modality import Column, Modality, lookup, to_unit
 from ..training import CorruptFile
 
 # %% ../../nbs/12_files.ipynb #5f8d8486
@@ -47,15 +48,23 @@ class File:
     how: str = ""      # where to ask and what to do with the answer
     instead: str = ""  # below the data folder: what may lie there in its place, an archive unpacked, say
 
-    def found(self, folder: Path) -> Path | None:
+    def found(
+        self,
+        folder: Path,  # of raw data
+    ) -> Path | None:
         "Where it is below a folder of raw data, or what may stand in its place."
         return next((folder / p for p in (self.instead, self.path) if p and (folder / p).exists()), None)
 
-def sha256_of(path: Path) -> str:
-    "Of a file's content, read in pieces."
+def sha256_of(
+    path: Path,  # of a file
+) -> str:        # hexadecimal
+    "Checksum of a file's content, read in pieces."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-def verify(file: File, folder: Path) -> Path:
+def verify(
+    file: File,    # that is wanted
+    folder: Path,  # of raw data
+) -> Path:
     "Where a file is. `FileNotFoundError` says what to do, `CorruptFile` that it is not the one that was published."
     path = file.found(folder)
     if not path: raise FileNotFoundError(f"{folder / file.path} is not there; {file.how or f'get it from {file.url}'}")
@@ -65,9 +74,9 @@ def verify(file: File, folder: Path) -> Path:
 
 # %% ../../nbs/12_files.ipynb #939f1020
 def download(
-    file: File,
+    file: File,             # with its address
     folder: Path,           # of raw data
-    progress: bool = True,
+    progress: bool = True,  # show a bar?
     block: int = 1 << 20,   # bytes at a time
 ) -> Path:
     "Fetch a file, resuming what an earlier call left. `CorruptFile` when its checksum is wrong."
@@ -93,21 +102,26 @@ def download(
 @dataclass(frozen=True)
 class Recipe:
     "How a data set comes about."
-    name: str
+    name: str                      # of the data set
     source: str                    # "paper" or "open"
     about: str                     # a line: what it is, under which terms
-    files: tuple[File, ...]
+    files: tuple[File, ...]        # that have to be there
     build: Callable                # folder of raw data -> ({split: {column: array}}, facts)
     modalities: Callable           # (facts, autoencoders = "paper" or "ours") -> tuple of `Modality`
     version: int = 1               # raised when `build` changes what it makes
 
-    def folder(self, data: str | Path | None = None) -> Path:
+    def folder(
+        self,
+        data: str | Path | None = None,  # folder of raw data
+    ) -> Path:
         "Where it is kept once prepared."
         return prepared_folder(data) / f"{self.name}-{self.source}-{self.version}"
 
 RECIPES: dict[str, dict[str, Recipe]] = {}  # name -> source -> recipe
 
-def register_recipe(recipe: Recipe) -> None:
+def register_recipe(
+    recipe: Recipe,  # one for each name and source
+) -> None:
     "Make a recipe known to the `mld data` command, and its data set to `load_dataset`."
     RECIPES.setdefault(recipe.name, {})[recipe.source] = recipe
     register_dataset(recipe.name, recipe.source, partial(load_prepared, recipe))
@@ -116,7 +130,7 @@ def register_recipe(recipe: Recipe) -> None:
 SPLITS = ("train", "val", "test")
 
 def prepare(
-    recipe: Recipe,
+    recipe: Recipe,                  # what to make, and of what
     data: str | Path | None = None,  # folder of raw data
 ) -> Path:                           # folder of the prepared arrays
     "Build a data set from its raw files, once. `FileNotFoundError` and `CorruptFile` name the file and what to do."
@@ -137,7 +151,11 @@ def prepare(
         finally: shutil.rmtree(part, ignore_errors=True)
     return folder
 
-def read_split(folder: Path, split: str, modalities: tuple[Modality, ...]) -> Split:
+def read_split(
+    folder: Path,                       # of a prepared data set
+    split: str,                         # one of `SPLITS`
+    modalities: tuple[Modality, ...],   # whose arrays are read
+) -> Split:
     "A split of a prepared data set, its arrays mapped into memory."
     array = lambda column: torch.from_numpy(np.load(folder / f"{split}.{column}.npy", mmap_mode="c"))
     batch = {}
@@ -148,12 +166,12 @@ def read_split(folder: Path, split: str, modalities: tuple[Modality, ...]) -> Sp
     return Split(batch, array("labels"))
 
 def load_prepared(
-    recipe: Recipe,
+    recipe: Recipe,                   # what it is and how it is made
     data: str | Path | None = None,   # folder of raw data
     autoencoders: str = "ours",       # which pairs its modalities name: "ours" or "paper"
     n_train: int = 0,                 # tuples, the first ones; 0: all
-    n_val: int = 0,
-    n_test: int = 0,
+    n_val: int = 0,                   # to validate, likewise
+    n_test: int = 0,                  # to test, likewise
 ) -> DataSet:
     "A data set, prepared if it is not yet."
     folder = prepare(recipe, data)
@@ -163,8 +181,21 @@ def load_prepared(
     return DataSet(recipe.name, modalities, *splits, recipe.source)
 
 # %% ../../nbs/12_files.ipynb #f733a91d
+def check_items(
+    m: Modality,          # what they should be
+    x: Tensor | Column,   # the modality in one split, (N, *shape), bytes, floats or words
+    chunk: int = 1000,    # items at a time
+) -> None:
+    "Every stored item against its modality. `ValueError` says what came and what was expected."
+    if isinstance(x, Column):
+        for what, numbers, n in (("items", x.index, len(x.stored)), ("words", x.stored, x.classes)):
+            if n and numbers is not None and not 0 <= numbers.min() <= numbers.max() < n:
+                raise ValueError(f"modality {m.name!r}: expected numbers of {n} {what}, got {numbers.min()} to {numbers.max()}")
+        x = x.originals().first(chunk) if x.classes else x.stored
+    for part in x.split(chunk): m.check(to_unit(part))
+
 def check(
-    recipe: Recipe,
+    recipe: Recipe,                  # of the data set
     data: str | Path | None = None,  # folder of raw data
 ) -> dict[str, int]:                 # tuples in each split
     "Verify a prepared data set. `CorruptFile` or `ValueError` says what is wrong with it."
@@ -176,7 +207,8 @@ def check(
     made = load_prepared(recipe, data)
     splits = {s: getattr(made, s) for s in SPLITS}
     for m in made.modalities:
-        for split in splits.values(): m.check(split.rows(slice(0, 64), [m.name])[m.name])
+        for split in splits.values(): check_items(m, split.batch[m.name])
         for a, b in combinations(SPLITS, 2) if not m.names else ():  # words and attributes say the same of many items
-            if n := shared_items(splits[a].batch[m.name], splits[b].batch[m.name]): raise ValueError(f"{n} items of {m.name!r} are both in {a} and in {b}")
+            if n := shared_items(splits[a].batch[m.name], splits[b].batch[m.name]):
+                raise ValueError(f"{n} items of {m.name!r} are both in {a} and in {b}")
     return {s: len(split) for s, split in splits.items()}

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import gzip, hashlib, math, zlib
 import numpy as np
 from torch import nn
-from .. import autoencoders  # registers conv_bn
+from .. import autoencoders  # registers conv_bn and conv_bn_flat
 from .files import SPLITS, File, Recipe, register_recipe, verify
 from ..modality import Modality, register_architecture
 from ..training import CorruptFile
@@ -40,7 +40,7 @@ def content(
     raw: Path,                            # folder of raw data
     md5: Mapping[str, str] = MD5,         # path of a file -> of what is inside; a file without one may hold anything
 ) -> bytes:
-    "What a file holds, unpacked if it is a `.gz`. `CorruptFile` when it is damaged or not what was published, `FileNotFoundError` when it is not there."
+    "What a file holds, unpacked if it is a `.gz`. `CorruptFile` when it is damaged or not what was published, `FileNotFoundError` if there is none."
     path, wanted = verify(file, raw), md5.get(file.path)
     try: inside = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (gzip.BadGzipFile, EOFError, zlib.error) as e: raise CorruptFile(f"{path} is truncated or no gzip file: {e}") from e
@@ -65,7 +65,12 @@ class Digits(NamedTuple):
     images: np.ndarray  # bytes, (N, C, H, W)
     labels: np.ndarray  # 0 to 9, (N,)
 
-    def at(self, rows: np.ndarray) -> "Digits": return Digits(self.images[rows], self.labels[rows])
+    def at(
+        self,
+        rows: np.ndarray,  # indices or a mask
+    ) -> "Digits":
+        "Some of them."
+        return Digits(self.images[rows], self.labels[rows])
 
 def as_digits(
     images: np.ndarray,     # bytes, (N, *shape)
@@ -75,7 +80,8 @@ def as_digits(
     where: str,             # they come from, for the message
 ) -> Digits:
     "Images with their digits; `ValueError` when they do not fit together."
-    if images.dtype != np.uint8 or images.shape[1:] != shape: raise ValueError(f"{where}: expected bytes (N, {shape}), got {images.dtype} {images.shape}")
+    if images.dtype != np.uint8 or images.shape[1:] != shape:
+        raise ValueError(f"{where}: expected bytes (N, {shape}), got {images.dtype} {images.shape}")
     if len(images) != len(labels): raise ValueError(f"{where}: {len(images)} images but {len(labels)} labels")
     if odd := sorted({*labels.tolist()} - {*known}): raise ValueError(f"{where}: expected labels {known[0]} to {known[-1]}, got also {odd[:5]}")
     return Digits(images, labels.astype(np.int64) % 10)
@@ -124,7 +130,7 @@ def pair(
     a: np.ndarray,   # classes of the items of one modality, (N,)
     b: np.ndarray,   # of another, (M,)
     times: int,      # that each item is used
-    seed: int,
+    seed: int,       # of the pairs and of their order
 ) -> np.ndarray:     # an item of a and one of b of the same class, (P, 2)
     "The first n items of each class, in pairs, drawn anew `times` times. `ValueError` when a class is in one modality only."
     if (alone := np.setxor1d(a, b)).size: raise ValueError(f"expected the same classes in both modalities, got {alone.tolist()} in one of them only")
@@ -159,12 +165,13 @@ def build_paper(
     "MNIST with SVHN: 1,021,360 training pairs (the paper, which holds nothing out: 1,121,360), 5,000 to validate, 10,000 to test."
     train, test = ({"mnist": read_mnist(raw, split, md5), "svhn": read_svhn(raw, split, md5)} for split in ("train", "test"))
     cut = {name: hold_out(d.labels, val_each) for name, d in train.items()}
-    parts = {"train": {name: d.at(cut[name][0]) for name, d in train.items()}, "val": {name: d.at(cut[name][1]) for name, d in train.items()}, "test": test}
+    parts = {split: {name: d.at(cut[name][k]) for name, d in train.items()} for k, split in enumerate(("train", "val"))} | {"test": test}
     return {split: paired(parts[split], times if split == "train" else 1, seed) for seed, split in enumerate(SPLITS)}, {}
 
 # %% ../../nbs/13_mnist_svhn.ipynb #ecdad809
 PHOTOS = File("bsds500/bsds500_half_jpeg.npz",
-              how="mld.data.mnist_svhn.pack_photos makes it from the folder `images` of BSDS500 (BSR_bsds500.tgz of Berkeley's computer vision group)")
+              how="mld.data.mnist_svhn.pack_photos makes it from the folder `images` of BSDS500 "
+                  "(BSR_bsds500.tgz of Berkeley's computer vision group)")
 
 def pack_photos(
     images: Path,   # folder with `train`, `val` and `test`, each of .jpg
@@ -174,7 +181,8 @@ def pack_photos(
     from PIL import Image
     files, jpegs = sorted(images.glob("*/*.jpg")), []
     for file in files:
-        with Image.open(file) as photo: photo.resize((photo.width // 2, photo.height // 2), Image.LANCZOS).save(packed := BytesIO(), "jpeg", quality=90)
+        with Image.open(file) as photo:
+            photo.resize((photo.width // 2, photo.height // 2), Image.LANCZOS).save(packed := BytesIO(), "jpeg", quality=90)
         jpegs.append(packed.getvalue())
     names = [f"{'test' if f.parent.name == 'test' else 'trainval'}/{f.parent.name}/{f.name}" for f in files]
     np.savez(path, jpeg=np.frombuffer(b"".join(jpegs), np.uint8), off=np.cumsum([0, *map(len, jpegs)]), name=names)
@@ -233,24 +241,32 @@ def build_open(
     return {split: paired(items[split], times if split == "train" else 1, seed) for seed, split in enumerate(SPLITS)}, {}
 
 # %% ../../nbs/13_mnist_svhn.ipynb #56155635
-def mnist_encoder(m: Modality) -> nn.Module:
+def mnist_encoder(
+    m: Modality,  # (1, 28, 28)
+) -> nn.Module:   # to (B, m.latent)
     "The paper's encoder for 1x28x28."
     return nn.Sequential(nn.Flatten(), nn.Linear(784, 400), nn.ReLU(), nn.Linear(400, m.latent))
 
-def mnist_decoder(m: Modality) -> nn.Module:
+def mnist_decoder(
+    m: Modality,  # (1, 28, 28)
+) -> nn.Module:   # from (B, m.latent)
     "The paper's decoder for 1x28x28."
     return nn.Sequential(nn.Linear(m.latent, 400), nn.ReLU(), nn.Linear(400, 784), nn.Sigmoid(), nn.Unflatten(1, (1, 28, 28)))
 
 register_architecture("mnist", mnist_encoder, mnist_decoder)
 
 # %% ../../nbs/13_mnist_svhn.ipynb #708c2f76
-def svhn_encoder(m: Modality) -> nn.Module:
+def svhn_encoder(
+    m: Modality,  # (3, 32, 32)
+) -> nn.Module:   # to (B, m.latent)
     "The paper's encoder for 3x32x32."
     return nn.Sequential(
         nn.Conv2d(3, 32, 4, 2, 1), nn.ReLU(), nn.Conv2d(32, 64, 4, 2, 1), nn.ReLU(), nn.Conv2d(64, 128, 4, 2, 1), nn.ReLU(),
         nn.Conv2d(128, m.latent, 4), nn.Flatten())
 
-def svhn_decoder(m: Modality) -> nn.Module:
+def svhn_decoder(
+    m: Modality,  # (3, 32, 32)
+) -> nn.Module:   # from (B, m.latent)
     "The paper's decoder for 3x32x32."
     return nn.Sequential(
         nn.Unflatten(1, (m.latent, 1, 1)), nn.ConvTranspose2d(m.latent, 128, 4), nn.ReLU(), nn.ConvTranspose2d(128, 64, 4, 2, 1), nn.ReLU(),
@@ -263,9 +279,9 @@ def modalities(
     facts: Mapping,      # of the prepared data; nothing is needed of them
     autoencoders: str,   # "paper" or "ours"
 ) -> tuple[Modality, ...]:
-    "`mnist` with 16 and `svhn` with 64 latents."
-    (a, b), likelihood = (("mnist", "svhn"), "laplace") if autoencoders == "paper" else (("conv_bn", "conv_bn"), "gaussian")
-    return Modality("mnist", (1, 28, 28), 16, a, likelihood), Modality("svhn", (3, 32, 32), 64, b, likelihood)
+    "`mnist` with 16 latents, and `svhn` with the paper's 64 or our 256."
+    if autoencoders == "paper": return Modality("mnist", (1, 28, 28), 16, "mnist", "laplace"), Modality("svhn", (3, 32, 32), 64, "svhn", "laplace")
+    return Modality("mnist", (1, 28, 28), 16, "conv_bn"), Modality("svhn", (3, 32, 32), 256, "conv_bn_flat")
 
 # %% ../../nbs/13_mnist_svhn.ipynb #18dbb924
 register_recipe(Recipe("mnist_svhn", "paper", "MNIST (CC BY-SA 3.0) and SVHN (not for commercial use), paired by digit",

@@ -43,7 +43,7 @@ def grounds(
 
 # %% ../../nbs/11_polydigits.ipynb #cb852e45
 def split_digits(
-    seed: int = 0,
+    seed: int = 0,           # of the split
 ) -> dict[str, np.ndarray]:  # indices into `digits()`
     "400 digits a class to train on, 50 to validate, 50 to test."
     rng = np.random.default_rng(seed)
@@ -54,8 +54,8 @@ def split_digits(
 # %% ../../nbs/11_polydigits.ipynb #df479c63
 def crops(
     ground: np.ndarray,        # (H, W, 3)
-    n: int,
-    rng: np.random.Generator,
+    n: int,                    # crops
+    rng: np.random.Generator,  # of their places
 ) -> np.ndarray:               # (n, 3, 28, 28)
     "Random 28x28 crops."
     windows = np.lib.stride_tricks.sliding_window_view(ground, (28, 28), axis=(0, 1))
@@ -72,7 +72,7 @@ def make_tuples(
     pool: np.ndarray,  # indices of the digits to use
     n: int,            # tuples
     views: int,        # 1 to 5
-    seed: int,
+    seed: int,         # of classes, digits and crops
 ) -> Split:
     "n tuples: one class each, and for every view a digit of that class inverted into a crop of the view's ground."
     ink, labels = digits()
@@ -92,7 +92,7 @@ def polydigits(
     n_val: int = 0,                 # 0: 2,000
     n_test: int = 0,                # 0: 2,000
     data: str | None = None,        # folder of raw data; none is needed
-    views: int = 3,
+    views: int = 3,                 # of a tuple, 2 to 5
     seed: int = 0,                  # of splits and pairings
 ) -> DataSet:
     "Two to five views 3x28x28 that share a digit; built in memory in seconds."
@@ -100,8 +100,8 @@ def polydigits(
     parts = split_digits(seed)
     sizes = {"train": n_train or 40_000, "val": n_val or 2000, "test": n_test or 2000}
     splits = [make_tuples(parts[name], n, views, 3 * seed + k) for k, (name, n) in enumerate(sizes.items())]
-    latent, architecture, likelihood = lookup("autoencoders", autoencoders, {"ours": (16, "conv_bn", "gaussian"), "paper": (160, "polymnist", "laplace")})
-    modalities = tuple(Modality(f"view{v}", (3, 28, 28), latent, architecture, likelihood) for v in range(views))
+    pair = lookup("autoencoders", autoencoders, {"ours": (16, "conv_bn", "gaussian"), "paper": (160, "polymnist", "laplace")})
+    modalities = tuple(Modality(f"view{v}", (3, 28, 28), *pair) for v in range(views))
     return DataSet("polydigits", modalities, *splits)
 
 register_dataset("polydigits", "embedded", polydigits)

@@ -22,7 +22,8 @@ from ..training import CorruptFile
 
 # %% ../../nbs/14_polymnist.ipynb #471de6e0
 ARCHIVE = File("polymnist/MMNIST.zip", how="get PolyMNIST.zip from the folder that the authors of MoPoE (github.com/thomassutter/MoPoE) share, "
-               "https://drive.google.com/drive/folders/1lr-laYwjDq3AzalaIe9jN4shpt1wBsYM, and save it under this name, or unpack it so that MMNIST lies in its place",
+               "https://drive.google.com/drive/folders/1lr-laYwjDq3AzalaIe9jN4shpt1wBsYM, and save it under this name, "
+               "or unpack it so that MMNIST lies in its place",
                instead="polymnist/MMNIST")
 
 def original(
@@ -78,7 +79,8 @@ def read_views(
 ) -> dict[str, np.ndarray]:            # columns: m0 to m4, bytes (N, 3, 28, 28), and labels
     "All tuples of a split, in the order of their numbers."
     views, labels = in_step(names, split, where)
-    return {f"m{v}": np.stack([picture(read, name, where) for name in named]).transpose(0, 3, 1, 2) for v, named in enumerate(views)} | {"labels": labels}
+    images = (np.stack([picture(read, name, where) for name in named]).transpose(0, 3, 1, 2) for named in views)
+    return {**{f"m{v}": x for v, x in enumerate(images)}, "labels": labels}
 
 def shuffled(
     columns: Mapping[str, np.ndarray],   # of a split, each (N, ...)
@@ -97,7 +99,8 @@ def build_paper(
     files, rng = original(raw), np.random.default_rng(0)
     train, test = (read_views(*files, split) for split in ("train", "test"))
     kept, held = hold_out(train["labels"], val_each)
-    return {"train": shuffled(train, kept, rng), "val": shuffled(train, held, rng), "test": shuffled(test, np.arange(len(test["labels"])), rng)}, {"views": 5}
+    parts = {"train": (train, kept), "val": (train, held), "test": (test, np.arange(len(test["labels"])))}
+    return {split: shuffled(columns, rows, rng) for split, (columns, rows) in parts.items()}, {"views": 5}
 
 # %% ../../nbs/14_polymnist.ipynb #a3b05b37
 PHOTOS = tuple(File(f"polymnist/{name}", how=f"{how}; another photo of that size will do, but makes another data set") for name, how in {
