@@ -66,8 +66,8 @@ def path_error(
 
 # %% ../../nbs/22_reconstruction.ipynb #8472c90b
 def measures_of(
-    m: Modality,
-) -> dict[str, Callable]:  # name -> (x, x_hat) to a number a sample
+    m: Modality,             # its likelihood, kind and shape are looked at
+) -> dict[str, Callable]:    # name -> (x, x_hat) to a number a sample
     "The measures of reconstruction that suit a modality."
     if m.likelihood == "categorical": return {"token_accuracy": token_accuracy}
     if m.likelihood == "bernoulli": return {"f1": lambda x, logits: f1(x, logits, threshold=0)}
@@ -79,14 +79,14 @@ def measures_of(
 # %% ../../nbs/22_reconstruction.ipynb #f8852cf2
 @torch.no_grad()
 def decode_noised(
-    autoencoder: Autoencoder,
+    autoencoder: Autoencoder,        # whose decoder is tried
     x: Tensor | Column,          # (N, *shape), bytes or floats
     mean: Tensor,                # of the raw latents of the training set, (latent,)
     std: Tensor,                 # (latent,)
     t: float,                    # in [0, 1]
-    seed: int = 0,
-    process: VPProcess = VPProcess(),
-    chunk: int = 500,
+    seed: int = 0,                   # of the noise
+    process: VPProcess = VPProcess(),  # how it grows with t
+    chunk: int = 500,                # samples at a time
 ) -> Tensor:                     # (N, *shape)
     "Reconstructions from standardised latents that were noised to time t."
     alpha_t, sigma_t = process.alpha_sigma(torch.tensor(t))
