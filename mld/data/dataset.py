@@ -37,6 +37,16 @@ class Split:
         "Rows of the named modalities, as floats."
         return {k: to_unit(self.batch[k][index]) for k in names or self.batch}
 
+    def fingerprint(
+        self,
+        rows: int = 256,  # that are looked at
+    ) -> str:
+        "Sixteen hexadecimal digits that stand for the content: sizes, and some rows from all over."
+        digest, pick = hashlib.sha256(), torch.linspace(0, len(self) - 1, min(rows, len(self))).long()
+        for x in (*self.batch.values(), self.labels):
+            digest.update(f"{tuple(x.shape)} {x[pick].dtype}".encode()), digest.update(x[pick].contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
 @dataclass(frozen=True)
 class DataSet:
     "Modalities and three splits that share no original image, writer or clip."
@@ -51,18 +61,6 @@ class DataSet:
     def names(self) -> list[str]:
         "Of the modalities, in their order."
         return [m.name for m in self.modalities]
-
-    def fingerprint(
-        self,
-        rows: int = 256,  # that are looked at, of each split
-    ) -> str:
-        "Sixteen hexadecimal digits that stand for the content: sizes, and some rows from all over each split."
-        digest = hashlib.sha256()
-        for split in (self.train, self.val, self.test):
-            pick = torch.linspace(0, len(split) - 1, min(rows, len(split))).long()
-            for x in (*split.batch.values(), split.labels):
-                digest.update(f"{tuple(x.shape)} {x[pick].dtype}".encode()), digest.update(x[pick].contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
 
 # %% ../../nbs/10_dataset.ipynb #d4aa86af
 def show_tuples(
