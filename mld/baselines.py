@@ -403,10 +403,11 @@ def recipe(
     dataset: str,
     preset: str,   # "smoke", "laptop" or "paper"
     name: str,     # in `BASELINES`
+    **changes,     # what differs: hyper-parameters of the model, fields of `Training`
 ) -> Recipe:
     "The recipe of a baseline; a `ValueError` lists what there is."
     known = lookup("data set of baselines", dataset, lookup("preset", preset, RECIPES))
     lookup("baseline", name, BASELINES)
-    settings = {**known["all"], **known.get("mmvae_plus" if name in ("mmvae_plus_10", "cmvae") else name, {})}
+    settings = {**known["all"], **known.get("mmvae_plus" if name in ("mmvae_plus_10", "cmvae") else name, {}), **changes}
     how = {f.name: settings.pop(f.name) for f in fields(Training) if f.name in settings}
     return Recipe(settings, Training(**how))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NET_SETTINGS', 'PARAMETERS', 'label', 'Setup', 'keep', 'Experiment', 'each', 'devices', 'make_stage', 'Encoded',
-           'Run', 'parameters_in', 'open_run', 'reopen', 'Study']
+           'Run', 'BaselineRun', 'make_run', 'parameters_in', 'open_run', 'reopen', 'Study']
 
 # %% ../nbs/42_experiment.ipynb #062b5dfa
 from collections.abc import Iterable, Mapping
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 import mld
 from .autoencoders import fit_autoencoder
+from .baselines import Baseline, Recipe, recipe
 from .data import celebamask_hq, cub, mhd, mnist_svhn, polydigits, polymnist  # they register themselves
 from .data.dataset import DataSet, load_dataset
 from .metrics.coherence import Classifier, fit_classifier
@@ -118,6 +119,11 @@ class Experiment(Setup):
     def conditions(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         "The named modalities (all by default) of the held-out tuples, as floats."
         return self.data.test.rows(self.held_out, names)
+
+    @property
+    def subsets(self) -> list[tuple[str, ...]]:
+        "What can be given: nothing, and every strict subset of the modalities."
+        return [(), *subsets(self.data.names, strict=True)]
 
     @property
     def labels(self) -> Tensor:
@@ -259,9 +265,14 @@ class Run(Encoded):
         return {"model": "MLD", "network_params": n_params(self.model.denoiser.net), "train_steps": self.settings.steps}
 
     @property
-    def subsets(self) -> list[tuple[str, ...]]:
-        "What can be given: nothing, and every strict subset of the modalities."
-        return [(), *subsets(self.data.names, strict=True)]
+    def cases(self) -> list[tuple]:
+        "Sampler and given modalities of everything that is sampled."
+        return [(sampler, given) for sampler in self.settings.samplers for given in self.subsets]
+
+    @property
+    def train_seconds(self) -> float:
+        "What training took: the autoencoders', one after another, and the score network's."
+        return sum(stage.info["seconds"] for stage in (*self.autoencoder_stages.values(), self.score))
 
     def samples(self, sampler: str, given: tuple[str, ...] = ()) -> Stage:
         "Latents `z` sampled given some modalities of `conditions`, or jointly; `info` has the network calls and seconds."
@@ -283,6 +294,88 @@ class Run(Encoded):
         "What was generated, decoded."
         return self.model.decode(self.samples(sampler, given).tensors["z"][:n], [m for m in self.data.names if m not in given])
 
+# %% ../nbs/42_experiment.ipynb #16db533f
+class BaselineRun(Experiment):
+    "An experiment with one of the VAE baselines."
+    @cached_property
+    def fitted(self) -> Stage:
+        "The model's weights, its mixture prior among them, and its losses as `info['history']`."
+        recipe, train = self.recipe, self.data.train.batch
+        def make(folder):
+            model = self.new_model()
+            history = model.fit(train, recipe.how, seed=self.seed, folder=folder, progress=self.origin["progress"])
+            model.fit_prior(train, seed=self.seed)
+            return model.state_dict(), {"history": history, "seconds": history[-1]["seconds"]}
+        settings = {"data": self.trained_on, "modalities": [asdict(m) for m in self.data.modalities], "seed": self.seed, **asdict(recipe)}
+        return run_stage(self.stages, self.settings.model, settings, make)
+
+    @property
+    def recipe(self) -> Recipe:
+        "Its hyper-parameters and training, of the run's preset, with the run's changes."
+        return recipe(self.settings.dataset, self.origin["preset"], self.settings.model, **self.settings.baseline)
+
+    def new_model(self) -> Baseline:
+        "The untrained model."
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            return Baseline(self.data.modalities, self.settings.model, **self.recipe.hyper).to(self.device)
+
+    @cached_property
+    def model(self) -> Baseline:
+        "The trained model."
+        model = self.new_model()
+        model.load_state_dict(self.fitted.tensors)
+        return model
+
+    @property
+    def facts(self) -> dict:
+        "What the rows of its samples say of the model."
+        title = {"mmvae_plus": "MMVAE+", "mmvae_plus_10": "MMVAE+ (K=10)"}.get(self.settings.model, self.settings.model.upper())
+        return {"model": title, "network_params": n_params(self.model.vae), "train_steps": self.recipe.how.steps}
+
+    @property
+    def train_seconds(self) -> float: return self.fitted.info["seconds"]
+
+    @property
+    def cases(self) -> list[tuple]:
+        "Prior and given modalities of everything that is sampled."
+        return [("own", given) for given in self.subsets] + [("mixture", ())]
+
+    def generated(
+        self,
+        sampler: str,                 # prior: "own" or "mixture"
+        given: tuple[str, ...] = (),  # modalities of `conditions`
+        n: int | None = None,         # the first n; all by default
+    ) -> dict[str, Tensor]:           # of what is not given
+        "What the model generates."
+        made = self.model.generate(1 if given else self.settings.n_joint, self.conditions(given) if given else None, prior=sampler,
+                                   seed=1000 * self.seed + self.subsets.index(given))
+        return {name: x[:n] for name, x in made.items()}
+
+    def samples(self, sampler: str, given: tuple[str, ...] = ()) -> Stage:
+        "What generating costs: samples are made anew whenever they are wanted, and are the same each time."
+        def make(folder):
+            self.model, started = self.model, time.monotonic()
+            self.generated(sampler, given)
+            return {}, {"nfe": 1, "seconds": time.monotonic() - started}
+        settings = {"model": self.fitted.key, "prior": sampler, "given": given, "seed": self.seed, **self.pick("n_given" if given else "n_joint")}
+        return run_stage(self.stages, "samples", settings, make)
+
+    def reconstructions(self, n: int | None = None) -> dict[str, Tensor]:
+        "The held-out tuples (the first n of them), encoded together and decoded."
+        return self.model.generate(given={k: x[:n] for k, x in self.conditions().items()}, want=self.data.names, seed=self.seed)
+
+def make_run(
+    dataset: str,
+    preset: str = "smoke",
+    overrides: Mapping | None = None,
+    vary: Mapping | None = None,
+    **more,                            # other arguments of `Setup`
+) -> Run | BaselineRun:
+    "The run of the model that the settings name."
+    what = Run if settings_for(dataset, preset, {**(overrides or {}), **(vary or {})}).model == "mld" else BaselineRun
+    return what(dataset, preset, overrides=overrides, vary=vary, **more)
+
 # %% ../nbs/42_experiment.ipynb #5bcab90a
 PARAMETERS = ("preset", "seed", "out", "device", "data", "overrides")  # what every table notebook takes
 
@@ -301,18 +394,18 @@ def parameters_in(
 def open_run(
     dataset: str,
     namespace: Mapping,  # `globals()` of the notebook, straight after its parameters
-) -> Run:
+) -> Run | BaselineRun:
     "The run that a notebook's parameters describe; `ValueError` when one of them is mistyped."
-    return Run(dataset, **parameters_in(namespace))
+    return make_run(dataset, **parameters_in(namespace))
 
 def reopen(
     folder: str | Path,  # of a run
     **changes,           # arguments of `Run` that differ now: device, progress...
-) -> Run:
+) -> Run | BaselineRun:
     "The run that left this folder. `FileNotFoundError` where there was none."
     config = Path(folder) / "config.json"
     if not config.exists(): raise FileNotFoundError(f"{config.absolute()} is not there: {folder} is not the folder of a run")
-    return Run(**json.loads(config.read_text())["origin"] | {"out": Path(folder).absolute().parents[1]} | changes)
+    return make_run(**json.loads(config.read_text())["origin"] | {"out": Path(folder).absolute().parents[1]} | changes)
 
 class Study:
     "Runs on several data sets, or of several variants, that make one table; and a folder for what they show together."
@@ -331,9 +424,9 @@ class Study:
         dataset: str,
         variant: str = "",            # its name in the table
         vary: Mapping | None = None,  # the settings that make it this variant
-    ) -> Run:
+    ) -> Run | BaselineRun:
         "One of the study's runs."
-        return Run(dataset, table=self.table, variant=variant, vary=vary, **self.given)
+        return make_run(dataset, table=self.table, variant=variant, vary=vary, **self.given)
 
     def keep(self, name: str, axes):
         "Save the figure that holds `axes` in the study's folder; returns the axes."

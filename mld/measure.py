@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LOOKS', 'METRICS', 'NOISED', 'asked', 'circumstances', 'rows_stage', 'classifier_look', 'inception_look',
            'names_look', 'coherence', 'agreement', 'frechet', 'by_target', 'Judge', 'measure_bounds', 'measure_samples',
-           'rows_of', 'spread_rows', 'accuracy', 'reconstruction_rows', 'measure_autoencoders', 'autoencoder_rows']
+           'measure_cost', 'rows_of', 'spread_rows', 'accuracy', 'reconstruction_rows', 'measure_autoencoders',
+           'autoencoder_rows']
 
 # %% ../nbs/43_measure.ipynb #c3bcbae5
 from collections.abc import Callable, Iterable, Mapping
@@ -13,7 +14,7 @@ from datetime import datetime, timezone
 import pandas as pd
 import torch
 from torch import Tensor
-from .experiment import Encoded, Experiment, Run
+from .experiment import BaselineRun, Encoded, Experiment, Run
 from .metrics.coherence import conditional_coherence, joint_coherence, read
 from .metrics.diversity import prdc
 from .metrics.frechet import Moments, classifier_features, features_of, frechet_at_infinity, frechet_distance, kernel_distance
@@ -125,7 +126,7 @@ class Judge:
 
 # %% ../nbs/43_measure.ipynb #14edd2c6
 def measure_bounds(
-    run: Run,
+    run: Run | BaselineRun,
     judge: Judge,
 ) -> list[dict]:
     "What real data and reconstructions of the held-out tuples reach; distances of `real` are those of validation data."
@@ -137,25 +138,35 @@ def measure_bounds(
     return [{"model": "real", **bound, **row} for row in paired + apart] + [{"model": "reconstruction", **bound, **row} for row in back]
 
 def measure_samples(
-    run: Run,
+    run: Run | BaselineRun,
     judge: Judge,
 ) -> list[dict]:
     "Every sampler's samples, joint and given each subset; `seconds` and `nfe` are what the samples cost."
     return [{**run.facts, "sampler": sampler, "given": ",".join(given), **run.samples(sampler, given).info, **row}
-            for sampler in run.settings.samplers for given in run.subsets for row in judge(run.generated(sampler, given), given=bool(given))]
+            for sampler, given in run.cases for row in judge(run.generated(sampler, given), given=bool(given))]
+
+def measure_cost(
+    run: Run | BaselineRun,
+) -> list[dict]:
+    "Seconds of training, and samples a second with nothing given."
+    joint = [(sampler, run.samples(sampler).info) for sampler, given in run.cases if not given]
+    same = {**run.facts, "given": "", "target": "all"}
+    return [{**same, "metric": "training seconds", "value": run.train_seconds, "n": 1, "sampler": "", "nfe": 0, "seconds": run.train_seconds}] + [
+        {**same, "metric": "samples a second", "value": run.settings.n_joint / info["seconds"], "n": run.settings.n_joint, "sampler": sampler, **info}
+        for sampler, info in joint]
 
 def rows_of(
-    run: Run,
+    run: Run | BaselineRun,
     metrics: Iterable[str] = (),  # names in `METRICS`; by default those of the run's settings
 ) -> pd.DataFrame:
     "All numbers of a run, measured once and written into its folder: as `rows.csv`, or as `rows-<metrics>.csv` when they were asked for."
     asked_for = list(metrics) or run.settings.metrics
-    inputs = {"samples": {f"{s} {g}": run.samples(s, g).key for s in run.settings.samplers for g in run.subsets}, "metrics": asked_for,
+    inputs = {"samples": {f"{s} {g}": run.samples(s, g).key for s, g in run.cases}, "metrics": asked_for,
               "readers": {name: stage.key for name, stage in run.classifier_stages.items()} if run.has_classes else {},
               "val": run.data.val.fingerprint(), **run.pick("n_given", "n_joint", "protocol")}
     def measure(run):
         judge = Judge(run, asked_for)
-        return measure_bounds(run, judge) + measure_samples(run, judge)
+        return measure_bounds(run, judge) + measure_samples(run, judge) + measure_cost(run)
     return rows_stage(run, "-".join(["rows", *metrics]), inputs, measure)
 
 # %% ../nbs/43_measure.ipynb #fc074f1c

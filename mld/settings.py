@@ -23,6 +23,9 @@ class Settings:
     n_val: int = 0
     n_test: int = 0
     options: dict = field(default_factory=dict)  # of the data set's loader: views...
+    # model
+    model: str = "mld"                  # or a name in `BASELINES`
+    baseline: dict = field(default_factory=dict)  # what differs from its recipe: {"latent": 64, "steps": 1000}
     # autoencoders, shared by all seeds of a table
     autoencoders: str = "ours"          # or "paper": networks, latent sizes and likelihoods
     ae_steps: int = 1000
