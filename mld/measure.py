@@ -148,12 +148,11 @@ def measure_samples(
 def measure_cost(
     run: Run | BaselineRun,
 ) -> list[dict]:
-    "Seconds of training, and samples a second with nothing given."
+    "Seconds of training, and samples a second with nothing given, beside each sampler."
     joint = [(sampler, run.samples(sampler).info) for sampler, given in run.cases if not given]
-    same = {**run.facts, "given": "", "target": "all"}
-    return [{**same, "metric": "training seconds", "value": run.train_seconds, "n": 1, "sampler": "", "nfe": 0, "seconds": run.train_seconds}] + [
-        {**same, "metric": "samples a second", "value": run.settings.n_joint / info["seconds"], "n": run.settings.n_joint, "sampler": sampler, **info}
-        for sampler, info in joint]
+    return [{**run.facts, "given": "", "target": "all", "n": run.settings.n_joint, "sampler": sampler, **info, "metric": metric, "value": value}
+            for sampler, info in joint
+            for metric, value in (("training seconds", run.train_seconds), ("samples a second", run.settings.n_joint / info["seconds"]))]
 
 def rows_of(
     run: Run | BaselineRun,
