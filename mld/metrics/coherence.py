@@ -75,7 +75,7 @@ def fit_classifier(
           label=f"classifier {modality.name}", progress=progress)
     return model
 
-# %% ../../nbs/20_coherence.ipynb #346961e9
+# %% ../../nbs/20_coherence.ipynb #8619f553
 def presentable(
     classifier: Classifier,
     x: Tensor,  # (N, *shape), bytes or floats
@@ -87,7 +87,7 @@ def presentable(
     if not x.isfinite().all(): raise ValueError(f"modality {modality.name!r}: samples hold NaN or infinite values")
     return x if modality.limits is None else x.clamp(*modality.limits)
 
-# %% ../../nbs/20_coherence.ipynb #19cfb840
+# %% ../../nbs/20_coherence.ipynb #7f2f0c34
 @torch.no_grad()
 def read(
     classifiers: Mapping[str, Classifier],
@@ -103,7 +103,7 @@ def read(
         seen[name] = torch.cat([in_halves(reader, presentable(reader, part)).argmax(1).cpu() for part in x.split(chunk)])
     return seen
 
-# %% ../../nbs/20_coherence.ipynb #53259f52
+# %% ../../nbs/20_coherence.ipynb #fe7393b4
 def right(
     seen: Mapping[str, Tensor],  # name -> class of each sample, (N,)
     labels: Tensor,              # true classes, (N,)
@@ -121,7 +121,7 @@ def conditional_coherence(
     "Fraction of samples in which each modality is read as the true class."
     return {name: hit.double().mean().item() for name, hit in right(seen, labels).items()}
 
-# %% ../../nbs/20_coherence.ipynb #25939d4b
+# %% ../../nbs/20_coherence.ipynb #8c7e64dd
 def joint_coherence(
     seen: Mapping[str, Tensor],  # name -> class of each sample, (N,)
 ) -> float:                      # in [0, 1]
@@ -129,19 +129,20 @@ def joint_coherence(
     agree = right(seen, next(iter(seen.values()), torch.empty(0)))
     return torch.stack(list(agree.values())).all(0).double().mean().item()
 
-# %% ../../nbs/20_coherence.ipynb #619e4cc0
+# %% ../../nbs/20_coherence.ipynb #9f73fa56
 def wilson(
     fraction: float | pd.Series,  # of successes, in [0, 1]
     n: int | pd.Series,           # independent samples it is a fraction of
     confidence: float = .95,      # how often such an interval holds the true fraction
 ) -> tuple:                       # its lower and upper end, of the type of `fraction`
     "Interval of a fraction (Wilson 1927)."
-    if not (np.all((fraction >= 0) & (fraction <= 1)) and np.all(n >= 1)): raise ValueError(f"expected a fraction in [0, 1] of n >= 1 samples, got {fraction} of {n}")
+    if not (np.all((fraction >= 0) & (fraction <= 1)) and np.all(n >= 1)):
+        raise ValueError(f"expected a fraction in [0, 1] of n >= 1 samples, got {fraction} of {n}")
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     middle, half = fraction + z**2 / (2 * n), z * (fraction * (1 - fraction) / n + (z / (2 * n))**2)**.5
     return np.clip((middle - half) / (1 + z**2 / n), 0, fraction), np.clip((middle + half) / (1 + z**2 / n), fraction, 1)
 
-# %% ../../nbs/20_coherence.ipynb #05f25484
+# %% ../../nbs/20_coherence.ipynb #84c7d08c
 def coherence_by_class(
     seen: Mapping[str, Tensor],  # name -> class of each sample, (N,)
     labels: Tensor,              # true classes of what was given, (N,)
@@ -150,7 +151,7 @@ def coherence_by_class(
     classes = pd.DataFrame({name: hit.numpy() for name, hit in right(seen, labels).items()}).groupby(labels.cpu().numpy())
     return classes.mean().assign(n=classes.size()).rename_axis("class")
 
-# %% ../../nbs/20_coherence.ipynb #3d243292
+# %% ../../nbs/20_coherence.ipynb #2b060ff3
 def by_n_given(
     coherence: Mapping[tuple[str, ...], Mapping[str, float]],  # given modalities -> what `conditional_coherence` says of the others
 ) -> pd.DataFrame:  # a row for each number of given modalities, a column for each target, and their mean
