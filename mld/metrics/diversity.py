@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['radii', 'inside', 'prdc']
 
-# %% ../../nbs/23_diversity.ipynb #f09cd82f
+# %% ../../nbs/23_diversity.ipynb #1d072155
 import torch
 from torch import Tensor
 from .frechet import check_features
 
-# %% ../../nbs/23_diversity.ipynb #ef7201bf
+# %% ../../nbs/23_diversity.ipynb #4779e482
 def radii(
     x: Tensor,            # features, (N, F)
     k: int = 5,           # neighbours
@@ -21,7 +21,7 @@ def radii(
     if not 1 <= k < len(x): raise ValueError(f"expected k from 1 to {len(x) - 1} neighbours among {len(x)} samples, got {k}")
     return torch.cat([torch.cdist(part, x).kthvalue(k + 1, dim=1).values for part in x.split(chunk)])
 
-# %% ../../nbs/23_diversity.ipynb #cbcb399e
+# %% ../../nbs/23_diversity.ipynb #d0936faf
 def inside(
     points: Tensor,       # features, (N, F)
     centres: Tensor,      # (M, F)
@@ -37,7 +37,7 @@ def inside(
         held += hit.sum(0)
     return torch.cat(around), held
 
-# %% ../../nbs/23_diversity.ipynb #7ec26c02
+# %% ../../nbs/23_diversity.ipynb #3362c76d
 def prdc(
     real: Tensor,         # features of real data, (N, F)
     made: Tensor,         # of samples, (M, F)
