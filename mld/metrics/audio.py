@@ -6,7 +6,7 @@
 __all__ = ['WINDOW', 'STEP', 'N_FFT', 'BANDS', 'FRAMES', 'WEIGHTS', 'waveforms', 'vggish_bands', 'examples', 'VGGish',
            'weights_path', 'load_vggish', 'sound_moments']
 
-# %% ../../nbs/25_audio.ipynb #a921fa53
+# %% ../../nbs/25_audio.ipynb #fb9c83f8
 from functools import cache
 from pathlib import Path
 import hashlib, math
@@ -18,7 +18,7 @@ from .frechet import Moments
 from ..modality import Column
 from ..training import CorruptFile
 
-# %% ../../nbs/25_audio.ipynb #112aa45a
+# %% ../../nbs/25_audio.ipynb #858d90f5
 def waveforms(
     sound: Tensor,                     # spectrograms, (B, 1, 32, 128) in [0, 1]
     decibels: tuple[float, float],     # what 0 and 1 of a spectrogram stand for
@@ -29,8 +29,9 @@ def waveforms(
     audio = F.pad(audio_of(sound.clamp(0, 1), decibels)[:, :steps * HOP], ((RATE - steps * HOP) // 2,) * 2)
     return audio / audio.amax(1, keepdim=True).clamp(min=least)
 
-# %% ../../nbs/25_audio.ipynb #9e315955
-WINDOW, STEP, N_FFT, BANDS, FRAMES = 400, 160, 512, 64, 96  # of VGGish: samples of a window, to the next, of a transform; bands; windows of an example
+# %% ../../nbs/25_audio.ipynb #4efae463
+WINDOW, STEP, N_FFT = 400, 160, 512  # samples of a window, from one window to the next, of a transform
+BANDS, FRAMES = 64, 96               # bands, and windows of an example
 
 @cache
 def vggish_bands() -> Tensor:  # (BANDS, N_FFT // 2 + 1)
@@ -41,7 +42,7 @@ def vggish_bands() -> Tensor:  # (BANDS, N_FFT // 2 + 1)
     rise, fall = (at - edge[:-2]) / (edge[1:-1] - edge[:-2]), (edge[2:] - at) / (edge[2:] - edge[1:-1])
     return torch.minimum(rise, fall).clamp(min=0).float()
 
-# %% ../../nbs/25_audio.ipynb #4a28a072
+# %% ../../nbs/25_audio.ipynb #a327978e
 def examples(
     audio: Tensor,   # (B, samples), RATE a second
 ) -> Tensor:         # (B * k, 1, FRAMES, BANDS), sound by sound
@@ -53,7 +54,7 @@ def examples(
     mel = torch.log(vggish_bands().to(audio.device) @ heard + .01).mT
     return mel[:, :mel.shape[1] // FRAMES * FRAMES].reshape(-1, 1, FRAMES, BANDS)
 
-# %% ../../nbs/25_audio.ipynb #0e2d7bb1
+# %% ../../nbs/25_audio.ipynb #d922ccf8
 class VGGish(nn.Module):
     "The network of Hershey et al. (2017), up to its 128 features."
     def __init__(self):
@@ -63,13 +64,14 @@ class VGGish(nn.Module):
             layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU()] if width else [nn.MaxPool2d(2)]
             before = width or before
         self.features = nn.Sequential(*layers)
-        self.embeddings = nn.Sequential(nn.Linear(512 * FRAMES * BANDS // 256, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 128))
+        flat = 512 * FRAMES * BANDS // 16**2
+        self.embeddings = nn.Sequential(nn.Linear(flat, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 128))
 
     def forward(self, x: Tensor) -> Tensor:
         "Features, (B, 128), of examples (B, 1, FRAMES, BANDS)."
         return self.embeddings(self.features(x).permute(0, 2, 3, 1).flatten(1))
 
-# %% ../../nbs/25_audio.ipynb #e4e028cc
+# %% ../../nbs/25_audio.ipynb #4a67c720
 WEIGHTS = "https://github.com/harritaylor/torchvggish/releases/download/v0.1/vggish-10086976.pth"
 
 def weights_path() -> Path:
@@ -80,8 +82,8 @@ def load_vggish(
     path: str | Path | None = None,   # a state dict whose name ends in the first digits of its SHA-256; by default `weights_path()`
 ) -> VGGish:                          # in eval mode
     "VGGish with the published weights. `FileNotFoundError` says how to get them; `CorruptFile` when they are damaged or another network's."
-    path = Path(path or weights_path())
-    if not path.exists(): raise FileNotFoundError(f"no weights of VGGish at {path.absolute()}; get them with: curl -L --create-dirs -o {path.absolute()} {WEIGHTS}")
+    path = Path(path or weights_path()).absolute()
+    if not path.exists(): raise FileNotFoundError(f"no weights of VGGish at {path}; get them with: curl -L --create-dirs -o {path} {WEIGHTS}")
     with open(path, "rb") as f: found = hashlib.file_digest(f, "sha256").hexdigest()
     if not found.startswith(wanted := path.stem.rpartition("-")[2]):
         raise CorruptFile(f"the SHA-256 of {path} begins with {found[:len(wanted)]}, expected {wanted}; delete it and get it again")
@@ -90,7 +92,7 @@ def load_vggish(
     except Exception as e: raise CorruptFile(f"{path} does not hold the weights of VGGish ({type(e).__name__}: {e})") from e
     return network.float().eval().requires_grad_(False)
 
-# %% ../../nbs/25_audio.ipynb #641477d7
+# %% ../../nbs/25_audio.ipynb #f2aa00e2
 @torch.no_grad()
 def sound_moments(
     network: nn.Module,               # from examples (B, 1, FRAMES, BANDS) to features (B, F)

@@ -6,7 +6,7 @@
 __all__ = ['MEASURES', 'routes', 'as_data', 'first_leg', 'energy', 'pooled_frechet', 'latents', 'features_by', 'classes_by',
            'consistency', 'against', 'check_route']
 
-# %% ../../nbs/27_consistency.ipynb #1b442a66
+# %% ../../nbs/27_consistency.ipynb #94ffa64e
 from collections.abc import Callable, Mapping, Sequence
 import pandas as pd
 import torch, torch.nn.functional as F
@@ -17,7 +17,7 @@ from .frechet import Moments, frechet_distance
 from ..modality import Modality, lookup, split, subsets
 from ..model import MLD
 
-# %% ../../nbs/27_consistency.ipynb #0fc30d1f
+# %% ../../nbs/27_consistency.ipynb #6ed1d38b
 def routes(
     names: Sequence[str],        # modalities, in the model's order
 ) -> list[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]]:  # given, through, want
@@ -25,7 +25,7 @@ def routes(
     left = lambda *taken: [name for name in names if not any(name in some for some in taken)]
     return [(given, through, tuple(left(given, through))) for given in subsets(names, strict=True) for through in subsets(left(given), strict=True)]
 
-# %% ../../nbs/27_consistency.ipynb #e14f3932
+# %% ../../nbs/27_consistency.ipynb #b04ad938
 def as_data(
     m: Modality,    # whose decoder made it
     x: Tensor,      # (B, *shape), logits where the likelihood is over bits or words
@@ -35,7 +35,7 @@ def as_data(
     if m.likelihood == "bernoulli": return (x > 0).float()
     return x if m.limits is None else x.clamp(*m.limits)
 
-# %% ../../nbs/27_consistency.ipynb #c4c86c93
+# %% ../../nbs/27_consistency.ipynb #e1029676
 def first_leg(
     model: MLD,
     given: Mapping[str, Tensor],  # name -> (C, *shape), the conditions
@@ -48,7 +48,7 @@ def first_leg(
     between = {m.name: as_data(m, made[m.name]) for m in model.modalities if m.name in through}
     return {**{name: x.repeat_interleave(n, 0) for name, x in given.items()}, **between}
 
-# %% ../../nbs/27_consistency.ipynb #57fef6b0
+# %% ../../nbs/27_consistency.ipynb #8a29eef7
 def energy(
     x: Tensor,   # (C, n, F): n samples for each of C conditions
     y: Tensor,   # (C, n, F)
@@ -58,7 +58,7 @@ def energy(
     within = lambda a: gap(a, a).sum((1, 2)) / (n * (n - 1))
     return 2 * gap(x, y).mean((1, 2)) - within(x) - within(y)
 
-# %% ../../nbs/27_consistency.ipynb #26d1d510
+# %% ../../nbs/27_consistency.ipynb #d6dac0cc
 def pooled_frechet(
     x: Tensor,   # (C, n, F)
     y: Tensor,   # (C, n, F)
@@ -66,7 +66,7 @@ def pooled_frechet(
     "Fréchet distance between all samples of either kind, whatever their condition."
     return torch.tensor([frechet_distance(*(Moments([a.flatten(0, 1)]) for a in (x, y)))])
 
-# %% ../../nbs/27_consistency.ipynb #43adee26
+# %% ../../nbs/27_consistency.ipynb #86518171
 def latents(
     model: MLD,
     z: Tensor,             # sampled, (B, D), standardised
@@ -95,7 +95,7 @@ def classes_by(
         return torch.cat([F.one_hot(c, classifiers[k].head.out_features) for k, c in seen.items()], 1).float()
     return view
 
-# %% ../../nbs/27_consistency.ipynb #bd50f817
+# %% ../../nbs/27_consistency.ipynb #7201a0ed
 MEASURES = {"latents": (latents, energy)}  # name -> (view, distance)
 
 def consistency(
@@ -131,11 +131,13 @@ def against(
     floor: Tensor,      # (C,)
 ) -> dict[str, float]:
     "Mean distance, mean floor, and the standard error of their difference (NaN for a single value)."
-    return {"distance": distance.mean().item(), "floor": floor.mean().item(), "error": ((distance - floor).std(correction=0) / (len(floor) - 1)**.5).item()}
+    error = (distance - floor).std(correction=0) / (len(floor) - 1)**.5
+    return {"distance": distance.mean().item(), "floor": floor.mean().item(), "error": error.item()}
 
 def check_route(model: MLD, given: Mapping, through: Sequence[str], want: Sequence[str], n: int) -> None:
     "`ValueError` unless there is something to go through and to compare, nothing is in two places, and there are samples enough."
     for name in [*given, *through, *want]: lookup("modality", name, model.names)
     if not through or not want: raise ValueError("expected a modality to go through and one to compare, got none")
-    if twice := {*through} & {*want} | {*given} & {*through, *want}: raise ValueError(f"modality {', '.join(sorted(twice))} is in two places of one route")
+    if twice := {*through} & {*want} | {*given} & {*through, *want}:
+        raise ValueError(f"modality {', '.join(map(repr, sorted(twice)))} is in two places of one route")
     if n < 2: raise ValueError(f"n must be at least 2 to measure a distance, got {n}")

@@ -6,7 +6,7 @@
 __all__ = ['MEAN', 'STD', 'sentences', 'named', 'caption_f1', 'by_attribute', 'Judge', 'clip_score', 'clip_input', 'CLIP',
            'load_clip', 'cache_folder']
 
-# %% ../../nbs/26_text.ipynb #ba2a806f
+# %% ../../nbs/26_text.ipynb #3d279627
 from collections.abc import Sequence
 from typing import Protocol
 import numpy as np
@@ -18,18 +18,20 @@ from ..data.pictures import ATTRIBUTES
 from ..denoiser import in_halves
 from .reconstruction import f1
 from ..modality import Column, Modality, to_unit
+from ..training import CorruptFile
 
-# %% ../../nbs/26_text.ipynb #0bcd4c8c
+# %% ../../nbs/26_text.ipynb #7c72365d
 def sentences(
     m: Modality,          # of captions; its names are the vocabulary
     x: Tensor | Column,   # one-hot or logits, (N, T, V)
     chunk: int = 2000,    # captions at a time
 ) -> list[str]:           # N
     "Captions as they are read."
-    if tuple(x.shape[1:]) != tuple(m.shape): raise ValueError(f"modality {m.name!r}: expected captions (N, {m.shape[0]}, {m.shape[1]}), got {tuple(x.shape)}")
+    if tuple(x.shape[1:]) != tuple(m.shape):
+        raise ValueError(f"modality {m.name!r}: expected captions (N, {m.shape[0]}, {m.shape[1]}), got {tuple(x.shape)}")
     return [words_of(tokens, m.names) for part in x.split(chunk) for tokens in part.argmax(-1).tolist()]
 
-# %% ../../nbs/26_text.ipynb #9dc7e200
+# %% ../../nbs/26_text.ipynb #ea24c472
 def named(
     m: Modality,          # of captions written by the grammar of `mld.data.cub`
     x: Tensor | Column,   # one-hot or logits, (N, T, V)
@@ -37,7 +39,7 @@ def named(
     "The attributes that each caption names."
     return torch.from_numpy(np.stack([attributes_of(caption) for caption in sentences(m, x)]))
 
-# %% ../../nbs/26_text.ipynb #21bf5a28
+# %% ../../nbs/26_text.ipynb #c3506695
 def caption_f1(
     m: Modality,          # of captions written by the grammar of `mld.data.cub`
     x: Tensor | Column,   # generated captions, one-hot or logits, (N, T, V)
@@ -45,10 +47,10 @@ def caption_f1(
 ) -> Tensor:              # in [0, 1], (N,)
     "How well each caption names what its face has. `ValueError` when the truth is not the eighteen attributes."
     if tuple(truth.shape) != (len(x), len(ATTRIBUTES)):
-        raise ValueError(f"expected the {len(ATTRIBUTES)} attributes of {len(x)} captions, got {tuple(truth.shape)}; captions of birds have none to compare")
-    return f1(truth.float(), named(m, x).float())
+        raise ValueError(f"expected the {len(ATTRIBUTES)} attributes of each of {len(x)} captions, got {tuple(truth.shape)}; birds have none")
+    return f1(truth.float(), named(m, x).to(truth.device).float())
 
-# %% ../../nbs/26_text.ipynb #e6ac9863
+# %% ../../nbs/26_text.ipynb #ad2e6982
 def by_attribute(
     truth: Tensor,                          # zeros and ones, (N, A)
     found: Tensor,                          # zeros and ones, or the logits of a decoder, (N, A)
@@ -58,10 +60,10 @@ def by_attribute(
     from sklearn.metrics import precision_recall_fscore_support
     if truth.shape != found.shape or truth.shape[1] != len(names):
         raise ValueError(f"expected truth and found alike, (N, {len(names)}), got {tuple(truth.shape)} and {tuple(found.shape)}")
-    *scores, on = precision_recall_fscore_support((truth > .5).numpy(), (found > 0).numpy(), zero_division=0)
-    return pd.DataFrame(dict(zip(("precision", "recall", "f1"), scores)) | {"on": on / len(truth)}, index=list(names))
+    *scores, on = precision_recall_fscore_support((truth > .5).cpu().numpy(), (found > 0).cpu().numpy(), zero_division=0)
+    return pd.DataFrame({**dict(zip(("precision", "recall", "f1"), scores)), "on": on / len(truth)}, index=list(names))
 
-# %% ../../nbs/26_text.ipynb #f1ea069f
+# %% ../../nbs/26_text.ipynb #48c17ff9
 class Judge(Protocol):
     "What can say how well pictures and captions go together."
     def encode_image(self, images: Tensor) -> Tensor:
@@ -78,14 +80,15 @@ def clip_score(
     chunk: int = 200,            # pairs at a time
 ) -> Tensor:                     # in [0, 2.5], (N,)
     "The CLIP-score of each pair (Hessel et al. 2021)."
-    if len(images) != len(captions) or not len(captions): raise ValueError(f"expected a caption for each image, got {len(images)} images and {len(captions)} captions")
+    if len(images) != len(captions) or not len(captions):
+        raise ValueError(f"expected a caption for each image, got {len(images)} images and {len(captions)} captions")
     scores = []
     for k, part in enumerate(images.split(chunk)):
         seen, said = judge.encode_image(to_unit(part).clamp(0, 1)), judge.encode_text(list(captions[k * chunk:(k + 1) * chunk]))
         scores.append(2.5 * F.cosine_similarity(seen.float(), said.float()).clamp(min=0).cpu())
     return torch.cat(scores)
 
-# %% ../../nbs/26_text.ipynb #671599ba
+# %% ../../nbs/26_text.ipynb #fdfbfd70
 MEAN, STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)  # of the colours that CLIP was trained on
 
 def clip_input(
@@ -97,7 +100,7 @@ def clip_input(
     large = F.interpolate(images.expand(-1, 3, -1, -1), (height, width), mode="bicubic", antialias=True).clamp(0, 1)
     return (large - torch.tensor(MEAN, device=images.device)[:, None, None]) / torch.tensor(STD, device=images.device)[:, None, None]
 
-# %% ../../nbs/26_text.ipynb #fd5c6b09
+# %% ../../nbs/26_text.ipynb #e760a0f3
 class CLIP:
     "A CLIP of the library transformers as a `Judge`."
     def __init__(
@@ -122,11 +125,11 @@ class CLIP:
         read = lambda ids, mask: self.model.text_projection(self.model.text_model(input_ids=ids, attention_mask=mask).pooler_output)
         return in_halves(read, tokens["input_ids"], tokens["attention_mask"])
 
-# %% ../../nbs/26_text.ipynb #5ac7d352
+# %% ../../nbs/26_text.ipynb #c64668ee
 def load_clip(
     name: str = "openai/clip-vit-base-patch32",  # of the weights, or a folder with them
 ) -> CLIP:
-    "CLIP with its published weights, from this disk. `ValueError` without transformers, `FileNotFoundError` without weights; both say how to get them."
+    "CLIP from this disk. `ValueError` without transformers, `FileNotFoundError` without weights, `CorruptFile` when they are damaged."
     try: from transformers import CLIPModel, CLIPTokenizerFast
     except ImportError as e: raise ValueError('CLIP needs the library transformers; install it with: pip install "mld[clip]"') from e
     try:
@@ -134,6 +137,7 @@ def load_clip(
         return CLIP(model, CLIPTokenizerFast.from_pretrained(name, local_files_only=True), model.config.vision_config.image_size)
     except OSError as e:
         raise FileNotFoundError(f"no weights of {name} in {cache_folder()}, nor in a folder of that name; get them with: hf download {name}") from e
+    except Exception as e: raise CorruptFile(f"the weights of {name} cannot be read ({type(e).__name__}: {e}); delete them and get them again") from e
 
 def cache_folder() -> str:
     "Where transformers keeps weights."
