@@ -7,7 +7,7 @@ __all__ = ['BASELINES', 'MIXTURES', 'PRIORS', 'BALANCE', 'FIVE_VIEWS', 'PAPER', 
            'log_likelihood', 'build', 'mvae', 'mmvae', 'mopoe', 'mvtcae', 'mmvae_plus', 'cmvae', 'aggregate', 'layers',
            'nexus', 'LatentMixture', 'Baseline', 'own', 'mixture', 'Recipe', 'everywhere', 'recipe']
 
-# %% ../nbs/30_baselines.ipynb #dbb5c883
+# %% ../nbs/30_baselines.ipynb #57488569
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, partial
@@ -22,7 +22,7 @@ from .modality import ARCHITECTURES, Column, Modality, check_batch, lookup, to_u
 from .training import CorruptFile, Diverged, Training, load_weights, save_weights, train
 from .vision import torchvision
 
-# %% ../nbs/30_baselines.ipynb #11eaf29d
+# %% ../nbs/30_baselines.ipynb #b8287ab6
 @cache
 def multivae() -> ModuleType:
     "The module MultiVae, imported when it is first needed: it is optional and slow to import, and needs torchvision to be there before it."
@@ -31,7 +31,7 @@ def multivae() -> ModuleType:
     except ModuleNotFoundError as e: raise ModuleNotFoundError('the VAE baselines need MultiVae: pip install "mld[baselines]"') from e
     return multivae
 
-# %% ../nbs/30_baselines.ipynb #a4313168
+# %% ../nbs/30_baselines.ipynb #0f8d0c78
 def body(
     modality: Modality,
     outputs: int,       # how many numbers
@@ -63,7 +63,7 @@ def coders() -> tuple[type, type]:
         def forward(self, z: Tensor): return models.base.ModelOutput(reconstruction=self.net(z).float())
     return Encoder, Decoder
 
-# %% ../nbs/30_baselines.ipynb #31a18c34
+# %% ../nbs/30_baselines.ipynb #8c0a94ad
 def log_likelihood(
     modality: Modality,
     x_hat: Tensor,   # reconstructions, (B, *shape) or (K, B, *shape)
@@ -73,7 +73,7 @@ def log_likelihood(
     rows = lambda x: x.reshape(-1, *modality.shape)
     return -modality.loss(rows(x.expand_as(x_hat)), rows(x_hat)).reshape(x_hat.shape[:x_hat.ndim - len(modality.shape)])
 
-# %% ../nbs/30_baselines.ipynb #5ba636b2
+# %% ../nbs/30_baselines.ipynb #e6c3c448
 def build(
     kind: str,                        # class in `multivae.models`
     modalities: Sequence[Modality],
@@ -97,7 +97,7 @@ def build(
     vae.recon_log_probs = {m.name: partial(log_likelihood, m) for m in modalities}
     return vae
 
-# %% ../nbs/30_baselines.ipynb #f1e4e043
+# %% ../nbs/30_baselines.ipynb #4f9d1bb8
 def mvae(modalities, latent: int = 64, beta: float = 1., weights=None) -> nn.Module:
     "Product of experts; the joint bound plus one for each modality alone (Wu and Goodman 2018)."
     return build("MVAE", modalities, latent, weights=weights, beta=beta, warmup=0)
@@ -114,7 +114,7 @@ def mvtcae(modalities, latent: int = 64, beta: float = 1., alpha: float = 5 / 6,
     "Product of experts, each drawn to the joint posterior: total correlation with weight `alpha` (Hwang et al. 2021)."
     return build("MVTCAE", modalities, latent, weights=weights, beta=beta, alpha=alpha)
 
-# %% ../nbs/30_baselines.ipynb #38ae77a5
+# %% ../nbs/30_baselines.ipynb #71d145d4
 def mmvae_plus(modalities, latent: int = 32, private: int = 32, beta: float = 1., K: int = 1, weights=None) -> nn.Module:
     "Mixture of experts with private latents, which are drawn from learned priors when another modality is encoded (Palumbo et al. 2023)."
     return build("MMVAEPlus", modalities, latent, private, weights, modalities_specific_dim=private, beta=beta, K=K, loss="iwae_looser")
@@ -124,7 +124,7 @@ def cmvae(modalities, latent: int = 32, private: int = 32, beta: float = 1., K: 
     return build("CMVAE", modalities, latent, private, weights, modalities_specific_dim=private, beta=beta, K=K, loss="iwae_looser",
                  number_of_clusters=clusters)
 
-# %% ../nbs/30_baselines.ipynb #7b04edd9
+# %% ../nbs/30_baselines.ipynb #9a201697
 def aggregate(
     dropout: float,                   # how often only some of a sample's messages are used
     inputs,                           # not used; MultiVae passes the batch
@@ -169,12 +169,12 @@ def nexus(
     vae._aggregate_during_training = partial(aggregate, dropout)
     return vae
 
-# %% ../nbs/30_baselines.ipynb #cd98875b
+# %% ../nbs/30_baselines.ipynb #284f8d34
 BASELINES = {"mvae": mvae, "mmvae": mmvae, "mopoe": mopoe, "nexus": nexus, "mvtcae": mvtcae,
              "mmvae_plus": mmvae_plus, "mmvae_plus_10": partial(mmvae_plus, K=10), "cmvae": cmvae}
 MIXTURES = {"mmvae", "mmvae_plus", "mmvae_plus_10", "cmvae"}  # given several modalities, they believe one of them
 
-# %% ../nbs/30_baselines.ipynb #cec80b9a
+# %% ../nbs/30_baselines.ipynb #956987f5
 class LatentMixture(nn.Module):
     "A Gaussian mixture as plain numbers."
     def __init__(self, components: int, size: int):
@@ -196,7 +196,7 @@ class LatentMixture(nn.Module):
         k = self.weights.multinomial(n, replacement=True)
         return self.means[k] + torch.einsum("nij,nj->ni", self.roots[k], torch.randn_like(self.means[k]))
 
-# %% ../nbs/30_baselines.ipynb #8c83a928
+# %% ../nbs/30_baselines.ipynb #3aaecfc8
 class Baseline(nn.Module):
     "A multi-modal VAE by name."
     def __init__(
@@ -238,7 +238,7 @@ class Baseline(nn.Module):
         "A batch in MultiVae's form and the model's order."
         return multivae().data.datasets.base.MultimodalBaseDataset({name: to_unit(batch[name]) for name in self.names})
 
-# %% ../nbs/30_baselines.ipynb #85e3af8f
+# %% ../nbs/30_baselines.ipynb #35682702
 @patch
 def fit(
     self: Baseline,
@@ -255,7 +255,7 @@ def fit(
     for m in self.mixtures.values(): m.weights.zero_()
     return train(self, self.loss, data, how, seed=seed, folder=folder, config=self.config, label=self.name, progress=progress)
 
-# %% ../nbs/30_baselines.ipynb #5443b9d8
+# %% ../nbs/30_baselines.ipynb #69759a7c
 @patch
 @torch.no_grad()
 def posterior(
@@ -275,7 +275,7 @@ def posterior(
     z = torch.stack([e.z for e in each.values()])[believed, torch.arange(n, device=device)]
     return z, {name: each.get(name, next(iter(each.values()))).modalities_z[name] for name in self.private}
 
-# %% ../nbs/30_baselines.ipynb #be30663b
+# %% ../nbs/30_baselines.ipynb #a4031a3f
 def own(model: Baseline, n: int) -> tuple[Tensor, dict[str, Tensor]]:
     "Latents from the prior that the model was trained with."
     model.vae.device = model.device
@@ -309,7 +309,7 @@ def fit_prior(
     self.mixtures["shared"].fit(torch.cat([z for z, _ in rows]), seed)
     for name in self.private: self.mixtures[name].fit(torch.cat([w[name] for _, w in rows]), seed)
 
-# %% ../nbs/30_baselines.ipynb #acc540d9
+# %% ../nbs/30_baselines.ipynb #c8b341ed
 @patch
 def decode(self: Baseline, name: str, z: Tensor, own: Tensor | None = None) -> Tensor:
     "Data of one modality from the shared latent and, where there is one, its own: beside it, or below it in a nexus."
@@ -343,7 +343,7 @@ def generate(
             for name in want: out[name].append(in_halves(partial(self.decode, name), z, *([own[name]] if name in own else [])))
     return {name: torch.cat(parts) for name, parts in out.items()}
 
-# %% ../nbs/30_baselines.ipynb #34028df4
+# %% ../nbs/30_baselines.ipynb #22b837ce
 @patch
 def save(self: Baseline, path: str | Path) -> None:
     "Write one safetensors file, atomically, with weights, mixtures and configuration."
@@ -362,7 +362,7 @@ def load(cls: Baseline, path: str | Path) -> Baseline:
     model.load_state_dict(tensors)
     return model
 
-# %% ../nbs/30_baselines.ipynb #ade47c0d
+# %% ../nbs/30_baselines.ipynb #b9971c5e
 @dataclass(frozen=True)
 class Recipe:
     "How a baseline is made and trained."
