@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FRACTIONS', 'read_rows', 'by_case', 'in_percent', 'spread', 'result_table', 'reconstruction_table', 'tables_of',
            'paper_values', 'beside_paper', 'show_losses', 'show_reconstructions', 'show_joint', 'show_cross',
-           'show_failures', 'show_cost', 'show_noised', 'training_table']
+           'show_failures', 'show_front', 'show_cost', 'show_noised', 'training_table']
 
 # %% ../nbs/44_report.ipynb #d2766746
 from collections.abc import Mapping, Sequence
@@ -166,6 +166,24 @@ def show_failures(
     if not len(bad): bad = torch.arange(min(n, seen.shape[1]))
     titles = [" ".join(map(str, c)) for c in seen[:, bad].T.tolist()]
     return show_tuples({k: x[bad] for k, x in batch.items()}, run.data.modalities, n, titles=titles)
+
+def show_front(
+    rows: pd.DataFrame,   # of one table
+    x: str = "fmd",       # a metric, or "nfe"
+    y: str = "coherence",
+    case: str = "joint",  # or how many modalities were given: "1 given"
+):
+    "One metric against another, a point a model and sampler, the mean over seeds, with bars of one standard deviation. Returns the axes."
+    from matplotlib import pyplot as plt
+    cases = by_case(in_percent(rows[~rows.model.isin(["real", "reconstruction"])])).reset_index()
+    points = cases.assign(x=cases.nfe if x == "nfe" else cases[x, case], y=cases[y, case]).dropna(subset=[("x", ""), ("y", "")])
+    labels = [c for c in ("model", "variant", "sampler") if points[c].nunique() > 1] or ["sampler"]
+    ax = plt.subplots(figsize=(5, 3.4))[1]
+    for name, part in points.groupby(labels, sort=False):
+        ax.errorbar(part.x.mean(), part.y.mean(), xerr=part.x.std(), yerr=part.y.std(), fmt="o", ms=4, lw=.8, label=", ".join(map(str, name)))
+    ax.set(xlabel="network calls" if x == "nfe" else x, ylabel=f"{y}, {case}", xscale="log" if x == "nfe" else "linear")
+    ax.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, .5))
+    return ax
 
 def show_cost(rows: pd.DataFrame):
     "Coherence of each sampler, a line a case, by network calls; the dotted line is the joint coherence of reconstructions. Returns the axes."
