@@ -358,7 +358,11 @@ def stand_in(tmp_path_factory):
     "A file in pytorch-fid's format, with random weights."
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
-    torch.save(torchvision().models.inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False).state_dict(), path)
+    net = torchvision().models.inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
+    for p in net.parameters():
+        if p.ndim == 4:
+            nn.init.kaiming_normal_(p)  # so that the features are not the same for all images
+    torch.save(net.state_dict(), path)
     return path
 
 
@@ -407,8 +411,11 @@ def test_features_are_pytorch_fids_from_files(cache, stand_in, monkeypatch, tmp_
     for path, x in zip(paths, images):
         Image.fromarray(x.permute(1, 2, 0).numpy()).save(path)
     wanted = torch.from_numpy(theirs(paths, net.net, batch_size=3, num_workers=0)).float()
-    assert wanted.std(0).max() > 0
+    assert wanted.std(0).mean() > 1e-3
     torch.testing.assert_close(features_of(net, images, chunk=2), wanted, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(net(images[2:, :1].float() / 255), wanted[2:], rtol=1e-4, atol=1e-5)
+    over = images[:1] / 255. * 3 - 1
+    torch.testing.assert_close(net(over), net(over.clamp(0, 1)))
+    assert (net(over) - wanted[:1]).abs().mean() > 1e-3
     with pytest.raises(ValueError, match="expected images"):
         net(images[:, :2])

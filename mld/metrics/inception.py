@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'weights_folder', 'weights', 'get_weights', 'Inception']
 
-# %% ../../nbs/24_inception.ipynb #f5265909
+# %% ../../nbs/24_inception.ipynb #3ee63210
 from dataclasses import replace
 from pathlib import Path
 import torch
@@ -14,7 +14,7 @@ from ..data.files import File, download, verify
 from ..modality import to_unit
 from ..vision import torchvision
 
-# %% ../../nbs/24_inception.ipynb #be6888ce
+# %% ../../nbs/24_inception.ipynb #3d67b079
 WEIGHTS = File("pt_inception-2015-12-05-6726825d.pth",
                url="https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
                sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2")
@@ -32,7 +32,7 @@ def get_weights() -> Path:
     "Fetch the weights, 96 MB, going on where an earlier call was cut off."
     return download(WEIGHTS, weights_folder())
 
-# %% ../../nbs/24_inception.ipynb #020b26dc
+# %% ../../nbs/24_inception.ipynb #37e46361
 class Inception(nn.Module):
     "Images in [0, 1] to the 2,048 features of the FID (Heusel et al. 2017), by pytorch-fid."
     def __init__(self):
