@@ -188,7 +188,7 @@ def test_caption_f1_is_scikit_learns_of_what_is_named(captions):
     assert score.shape == (60,)
     assert score.mean().item() == pytest.approx(f1_score(truth, text.named(m, x.roll(1, 0)), average="samples", zero_division=1), abs=1e-6)
     noise = text.caption_f1(m, torch.randn(x.shape, generator=gen()), truth)
-    assert noise.mean() < score.mean() < text.caption_f1(m, x, truth).mean()
+    assert max(noise.mean(), score.mean()) < text.caption_f1(m, x, truth).mean() / 2
     with pytest.raises(ValueError, match="birds have none"): text.caption_f1(m, x, truth[:, 0])
 
 
@@ -313,6 +313,8 @@ def same(m):
 
 
 register_architecture("same for scores", same, same)
+register_architecture("linear per score", lambda m: nn.Sequential(nn.Flatten(), nn.Linear(math.prod(m.shape), m.latent)),
+                      lambda m: nn.Sequential(nn.Linear(m.latent, math.prod(m.shape)), nn.Unflatten(1, m.shape)))
 TOY = Mixture((2, 2, 4), n_classes=6, n_modes=2, spread=(1.2, .5, .8))
 HOW = dict(n=24, sampler="dpm", steps=14)
 
@@ -331,7 +333,8 @@ class Blind(nn.Module):
 
 
 def model_of(net):
-    model = MLD([Modality(name, (size,), size, "same for scores", limits=None) for name, size in zip("abc", TOY.sizes)], width=16, time_width=8, groups=2)
+    modalities = [Modality(name, (size,), size, "same for scores", limits=None) for name, size in zip("abc", TOY.sizes)]
+    model = MLD(modalities, width=16, time_width=8, groups=2)
     model.denoiser = Denoiser(net, TOY.sizes, predict="eps")
     return model
 
@@ -400,7 +403,8 @@ def test_every_set_of_samples_has_noise_of_its_own(exact, conditions, monkeypatc
 
 def test_rows_are_tidy_and_repeatable(exact, conditions):
     table = consistency.consistency(exact, {"a": conditions["a"]}, ["b"], ["c"], n=3, seed=5, sampler="em", steps=4)
-    assert table.columns.tolist() == ["given", "through", "want", "chain", "measure", "distance", "floor", "error", "n", "conditions", "seed", "sampler", "nfe"]
+    assert table.columns.tolist() == ["given", "through", "want", "chain", "measure", "distance", "floor", "error",
+                                      "n", "conditions", "seed", "sampler", "nfe"]
     assert table.nfe.tolist() == [8, 8] and table.conditions.tolist() == [80, 80] and table.chain.tolist() == ["remembers", "forgets"]
     again = consistency.consistency(exact, {"a": conditions["a"]}, ["b"], ["c"], n=3, seed=5, sampler="em", steps=4)
     assert table.equals(again)
@@ -412,7 +416,8 @@ def test_nothing_given_is_a_single_condition(exact):
 
 
 def test_words_and_bits_can_be_gone_through():
-    modalities = [Modality("words", (3, 4), 2, "linear", "categorical"), Modality("bits", (5,), 2, "linear", "bernoulli"), Modality("picture", (1, 2, 2), 2, "linear")]
+    modalities = [Modality("words", (3, 4), 2, "linear per score", "categorical"), Modality("bits", (5,), 2, "linear per score", "bernoulli"),
+                  Modality("picture", (1, 2, 2), 2, "linear per score")]
     torch.manual_seed(0)
     model, g = MLD(modalities, width=16, time_width=8, groups=2), gen()
     batch = {"words": F.one_hot(torch.randint(4, (6, 3), generator=g), 4).float(), "bits": (torch.rand(6, 5, generator=g) < .5).float(),
