@@ -199,7 +199,7 @@ def generate(
     absent = [m for m in self.names if m not in {*want, *(given or {})}] if alone else ()
     return self.decode(self.sample(n, given, absent=absent, **options), want)
 
-# %% ../nbs/08_model.ipynb #1b3145b2
+# %% ../nbs/08_model.ipynb #51a58c11
 def as_data(
     modality: Modality,
     x_hat: Tensor,       # what a decoder answers, (B, *shape)
