@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Around', 'leave_out', 'row_time', 'Guidance', 'check_interval', 'inside', 'AutoGuidance', 'Without', 'Renoised']
 
-# %% ../nbs/09_guidance.ipynb #f8bf59d2
+# %% ../nbs/09_guidance.ipynb #e52ce334
 from collections.abc import Sequence
 import torch
 from torch import Tensor
 from .denoiser import Denoiser
 from .sde import VPProcess
 
-# %% ../nbs/09_guidance.ipynb #804df455
+# %% ../nbs/09_guidance.ipynb #3728306b
 class Around:
     "A denoiser around a denoiser. What differs from one to the next is `answer`."
     def __init__(self, denoiser: Denoiser):
@@ -43,7 +43,7 @@ class Around:
         "Predicted clean latent, (B, D)."
         return self.answer("z0", z_t, t)
 
-# %% ../nbs/09_guidance.ipynb #70862971
+# %% ../nbs/09_guidance.ipynb #b8cf2a56
 def leave_out(
     z_t: Tensor,     # (B, D)
     t: Tensor,       # (B, M)
@@ -55,7 +55,7 @@ def leave_out(
     noise = torch.randn(z_t.shape, generator=torch.Generator(z_t.device).manual_seed(seed), device=z_t.device)
     return torch.where(absent[:, owner], noise, z_t), torch.where(absent, 1., t)
 
-# %% ../nbs/09_guidance.ipynb #942ba250
+# %% ../nbs/09_guidance.ipynb #58ea273b
 def row_time(t: Tensor) -> Tensor:
     "The one time of what is diffused in each row of a state (B, M): (B,)."
     return torch.where(t > 0, t, 1.).amin(1)
@@ -96,7 +96,7 @@ def inside(t: Tensor, interval: tuple[float, float]) -> Tensor:
     now = row_time(t)[:, None]
     return (now >= interval[0]) & (now <= interval[1])
 
-# %% ../nbs/09_guidance.ipynb #bab85364
+# %% ../nbs/09_guidance.ipynb #c62fe52e
 class AutoGuidance(Around):
     "From the answer of a weaker denoiser towards that of the better one, and on."
     def __init__(
@@ -119,7 +119,7 @@ class AutoGuidance(Around):
         if not rows.any(): return here
         return torch.where(rows, here + self.weight * (here - getattr(self.weaker, what)(z_t, t)), here)
 
-# %% ../nbs/09_guidance.ipynb #4ba33c72
+# %% ../nbs/09_guidance.ipynb #c8b82e89
 class Without(Around):
     "Some modalities are absent all along: neither given nor wanted."
     def __init__(
@@ -139,7 +139,7 @@ class Without(Around):
         nothing = {"z0": torch.zeros_like(z_t), "eps": z_t / sigma_t}[what]  # what is known of a clean latent that is 0
         return torch.where(absent[:, self.owner], nothing, super().answer(what, *leave_out(z_t, t, absent, self.owner, self.seed)))
 
-# %% ../nbs/09_guidance.ipynb #ae66c375
+# %% ../nbs/09_guidance.ipynb #7ca2eda4
 class Renoised(Around):
     "What is given is noised to the time of the others, afresh at every call, and all modalities have that time."
     def __init__(

@@ -43,7 +43,7 @@ def state(
     "Times of a batch: 0 where given, t elsewhere."
     return torch.where(given, 0., t)
 
-# %% ../nbs/05_samplers.ipynb #d0d4a91d
+# %% ../nbs/05_samplers.ipynb #baf17fe2
 def log_snr_range(
     process: VPProcess,
     t_min: float = 1e-3,   # the last time before 0
@@ -194,7 +194,7 @@ def ddim(
         z_t = torch.where(keep, z, along(denoiser.process, z_t, denoiser.eps(z_t, state(t, given)), t, t_next))
     return z_t
 
-# %% ../nbs/05_samplers.ipynb #e3ae58fd
+# %% ../nbs/05_samplers.ipynb #ee31d795
 @torch.no_grad()
 def heun(
     denoiser: Denoiser,
@@ -216,7 +216,7 @@ def heun(
         z_t = z_next
     return z_t
 
-# %% ../nbs/05_samplers.ipynb #796b7db9
+# %% ../nbs/05_samplers.ipynb #9ca1e850
 def exponential_step(
     process: VPProcess,
     z_t: Tensor,                # (B, D)
@@ -260,7 +260,7 @@ def dpm_solver(
         before, h_before = z_0, h
     return z_t
 
-# %% ../nbs/05_samplers.ipynb #96cdd02c
+# %% ../nbs/05_samplers.ipynb #428c70c0
 def langevin_step(
     denoiser: Denoiser,
     z_t: Tensor,                 # (B, D)

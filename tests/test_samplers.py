@@ -9,6 +9,8 @@ from torch import nn
 from mld import samplers
 from mld.denoiser import Denoiser
 from mld.guidance import AutoGuidance, Guidance, Renoised, Without
+from mld.modality import Modality, register_architecture
+from mld.model import MLD, chain
 from mld.samplers import GRIDS, SAMPLERS
 from mld.sde import VPProcess
 from mld.toy import ExactEps, Mixture, class_posterior, classify, coherence, energy_distance, moments
@@ -252,3 +254,43 @@ def test_a_weaker_network_has_its_calls_counted(exact, toy, real):
     both = AutoGuidance(exact, weaker, 1., (.2, .6))
     sample(both, "em", real[:4], [False] * 3, steps=10)
     assert (exact.calls, weaker.calls, both.calls) == (10, 5, 15)
+
+
+@pytest.fixture(scope="module")
+def model():
+    register_architecture("line", lambda m: nn.Linear(3, m.latent), lambda m: nn.Linear(m.latent, 3))
+    torch.manual_seed(0)
+    made = MLD([Modality(name, (3,), 2, "line") for name in "abc"], width=16, time_width=8, groups=4)
+    nn.init.normal_(made.denoiser.net.head[-1].weight, std=.1)  # an untrained head answers 0 to everything
+    return made
+
+
+def test_a_model_leaves_modalities_out_and_takes_anything_around_its_denoiser(model):
+    given, how = {"a": torch.rand(4, 3)}, dict(sampler="dpm", steps=4)
+    z, along = model.sample(2, given, absent=["c"], **how), model.sample(2, given, **how)
+    assert torch.equal(z[:, :2], model.encode(given)[:, :2].repeat_interleave(2, 0)) and (z[:, 4:] == 0).all()
+    assert not torch.equal(z[:, 2:4], along[:, 2:4])
+    made = model.generate(2, given, ["b"], alone=True, **how)
+    assert list(made) == ["b"] and torch.equal(made["b"], model.decode(z)["b"])
+    assert torch.equal(model.generate(2, given, ["b"], **how)["b"], model.decode(along)["b"])
+    model.denoiser.calls = 0
+    assert torch.equal(model.sample(2, given, around=partial(Guidance, weight=0.), **how), along) and model.denoiser.calls == 8
+    assert not torch.equal(model.sample(2, given, around=partial(Guidance, weight=1.), **how), along)
+    with pytest.raises(ValueError, match="'a' is both given and absent"): model.sample(2, given, absent=["a"])
+    with pytest.raises(ValueError, match="unknown modality 'd'; known: a, b, c"): model.sample(2, given, absent=["d"])
+
+
+def test_each_link_of_a_chain_knows_only_the_one_before(model):
+    asked = []
+
+    class Listening:
+        modalities = model.modalities
+
+        def generate(self, given, want, seed, **options):
+            asked.append((given, want, seed, options))
+            return {want[0]: torch.full((2, 3), 1. + len(asked))}
+    links = chain(Listening(), {"a": torch.zeros(2, 3)}, ["b", "c", "a"], seed=5, alone=True)
+    assert [list(given) for given, *_ in asked] == [["a"], ["b"], ["c"]] and [want for _, want, *_ in asked] == [["b"], ["c"], ["a"]]
+    assert len({seed for *_, seed, _ in asked}) == 3 and all(options == {"alone": True} for *_, options in asked)
+    assert torch.equal(asked[1][0]["b"], torch.ones(2, 3)) and [x.max() for x in links] == [1, 1, 1]  # within the limits of what can be given
+    assert len(chain(model, {"a": torch.rand(4, 3)}, ["b", "a"], sampler="dpm", steps=3)) == 2
