@@ -496,6 +496,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'mld.model.MLD.save': ('model.html#mld.save', 'mld/model.py'),
                            'mld.model.MLD.scale': ('model.html#mld.scale', 'mld/model.py'),
                            'mld.model.MLD.standardise': ('model.html#mld.standardise', 'mld/model.py'),
+                           'mld.model.as_data': ('model.html#as_data', 'mld/model.py'),
+                           'mld.model.chain': ('model.html#chain', 'mld/model.py'),
                            'mld.model.encode_all': ('model.html#encode_all', 'mld/model.py'),
                            'mld.model.latent_statistics': ('model.html#latent_statistics', 'mld/model.py')},
             'mld.nets': { 'mld.nets.GroupNorm': ('nets.html#groupnorm', 'mld/nets.py'),

@@ -15,12 +15,12 @@ import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 from .autoencoders import Autoencoder, fit_autoencoder
-from .denoiser import DRAWS, Denoiser, in_halves
+from .denoiser import BALANCES, DRAWS, Denoiser, hide_missing, in_halves
 from .guidance import Without
 from .modality import ARCHITECTURES, Column, Modality, check_batch, join, lookup, split, to_unit
 from .nets import NETS
 from .samplers import SAMPLERS
-from .sde import TIMES, VPProcess
+from .sde import PROCESSES, TIMES
 from .training import CorruptFile, Training, load_weights, save_weights, side_by_side, train
 
 # %% ../nbs/08_model.ipynb #6d5577ae
@@ -31,16 +31,17 @@ class MLD(nn.Module):
         modalities: Sequence[Modality],
         net: str = "mlp_unet",           # a name in `NETS`
         predict: str = "v",              # a name in `PREDICTIONS`
+        process: str = "vp",             # a name in `PROCESSES`
         **net_args,                      # of the network: width, time_width, groups...
     ):
         super().__init__()
         if len({m.name for m in modalities}) < len(modalities): raise ValueError("two modalities have the same name")
         self.modalities = tuple(modalities)
-        self.config = {"modalities": [asdict(m) for m in modalities], "net": net, "predict": predict, **net_args}
+        self.config = {"modalities": [asdict(m) for m in modalities], "net": net, "predict": predict, "process": process, **net_args}
         self.autoencoders = nn.ModuleDict({m.name: Autoencoder(m) for m in modalities})
         sizes = [m.latent for m in modalities]
-        score = lookup("net", net, NETS)(sum(sizes), len(sizes), **net_args)
-        self.denoiser = Denoiser(score, sizes, VPProcess(), predict)
+        score = lookup("net", net, NETS)(sizes, **net_args)
+        self.denoiser = Denoiser(score, sizes, lookup("process", process, PROCESSES), predict)
         self.register_buffer("mean", torch.zeros(sum(sizes)))
         self.register_buffer("std", torch.ones(sum(sizes)))
         self.eval()
@@ -141,24 +142,32 @@ def fit(
     z: Tensor,                          # standardised training latents, (N, D)
     how: Training,
     *,
-    draw: str = "sample",               # subsets per "sample" or per "batch", as in the paper
+    draw: str = "sample",               # which states are trained on, a name in `DRAWS`; the paper's is "batch"
     times: str = "logit_normal",        # law of t; the paper's is "uniform"
     p_joint: float = .5,                # how often nothing is given
+    balance: str = "none",              # of the modalities in the loss, a name in `BALANCES`
+    present: Tensor | None = None,      # what each sample has, bool (N, M); everything by default
     seed: int = 0,
     folder: str | Path | None = None,   # of checkpoints
     progress: bool = True,
 ) -> list[dict]:                        # losses
-    "Train the score network on cached latents; the sum of its losses starts near D."
+    "Train the score network on cached latents, of which some may be missing; the sum of its losses starts near D."
     if z.ndim != 2 or z.shape[1] != len(self.mean): raise ValueError(f"expected latents (N, {len(self.mean)}), got {tuple(z.shape)}")
-    if not z.isfinite().all(): raise ValueError("latents hold NaN or infinite values")
-    make_t, law = lookup("draw", draw, DRAWS), lookup("law of t", times, TIMES)
+    present = torch.ones(len(z), len(self.modalities), dtype=torch.bool, device=z.device) if present is None else present.to(z.device)
+    if present.dtype != torch.bool or present.shape != (len(z), len(self.modalities)):
+        raise ValueError(f"expected present as bool ({len(z)}, {len(self.modalities)}), got {present.dtype} {tuple(present.shape)}")
+    owner = self.denoiser.owner
+    if not (z.isfinite() | ~present[:, owner.to(z.device)]).all(): raise ValueError("latents hold NaN or infinite values")
+    make_t, law, weigh = lookup("draw", draw, DRAWS), lookup("law of t", times, TIMES), lookup("balance", balance, BALANCES)
+    weight = weigh(torch.tensor(self.denoiser.sizes, dtype=torch.float, device=self.device))
 
     def loss(batch, generator):
-        t = make_t(len(batch["z"]), len(self.modalities), law, p_joint, generator)
+        t = hide_missing(make_t(len(batch["z"]), len(self.modalities), law, p_joint, generator), batch["present"])
         eps = torch.randn(batch["z"].shape, generator=generator, device=self.device)
-        return dict(zip(self.names, self.denoiser.loss(batch["z"], t, eps)))
-    recipe = {**self.config, "draw": draw, "times": times, "p_joint": p_joint}
-    return train(self.denoiser, loss, {"z": z}, how, seed=seed, folder=folder, config=recipe, label="score network", progress=progress)
+        return dict(zip(self.names, self.denoiser.loss(batch["z"], t, eps, weight)))
+    recipe = {**self.config, "draw": draw, "times": times, "p_joint": p_joint, "balance": balance}
+    return train(self.denoiser, loss, {"z": z, "present": present}, how, seed=seed, folder=folder, config=recipe, label="score network",
+                 progress=progress)
 
 # %% ../nbs/08_model.ipynb #becd3c9d
 @patch
