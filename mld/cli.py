@@ -113,8 +113,8 @@ def run(
         from mld.stages import read_row_file
         chosen, own = dict(map(parse_setting, set_)), papermill.inspect_notebook(str(notebook))
         overrides = {k: v for k, v in chosen.items() if k not in own}
-        datasets = chosen.get("datasets", TABLES[table])
-        for dataset in datasets: settings_for(dataset, preset, overrides)
+        default = ast.literal_eval(own["datasets"]["default"]) if "datasets" in own else TABLES[table]
+        for dataset in chosen.get("datasets", default): settings_for(dataset, preset, overrides)
         folder = out.absolute() / table / f"{label(preset, overrides)}-seed{seed}"
     except (ValueError, FileNotFoundError) as e: fail(e)
     from papermill.exceptions import PapermillExecutionError

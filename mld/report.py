@@ -62,7 +62,8 @@ def result_table(
     keys = ["preset", "model", "variant", "sampler", "nfe"]
     groups = cases.groupby(level=keys, sort=False)
     order = {"joint": 0, "each": 1}
-    columns = sorted(cases.columns, key=lambda c: (c[0], order.get(c[1], 2), c[1]))
+    metrics = list(rows.metric.unique())
+    columns = sorted(cases.columns, key=lambda c: (metrics.index(c[0]), order.get(c[1], 2), c[1]))
     table = groups.agg(spread)[columns]
     table["", "n"], table["", "seeds"] = rows.groupby(keys).n.min().reindex(table.index), groups.size()
     return table
