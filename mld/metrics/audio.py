@@ -6,7 +6,7 @@
 __all__ = ['WINDOW', 'STEP', 'N_FFT', 'BANDS', 'FRAMES', 'WEIGHTS', 'waveforms', 'vggish_bands', 'examples', 'VGGish',
            'weights_path', 'load_vggish', 'sound_moments']
 
-# %% ../../nbs/25_audio.ipynb #3eb67b8e
+# %% ../../nbs/25_audio.ipynb #c187df98
 from functools import cache
 from pathlib import Path
 import hashlib, math
@@ -18,7 +18,7 @@ from .frechet import Moments
 from ..modality import Column
 from ..training import CorruptFile
 
-# %% ../../nbs/25_audio.ipynb #2e57b0c6
+# %% ../../nbs/25_audio.ipynb #f6f8f241
 def waveforms(
     sound: Tensor,                     # spectrograms, (B, 1, 32, 128) in [0, 1]
     decibels: tuple[float, float],     # what 0 and 1 of a spectrogram stand for
@@ -29,7 +29,7 @@ def waveforms(
     audio = F.pad(audio_of(sound.clamp(0, 1), decibels)[:, :steps * HOP], ((RATE - steps * HOP) // 2,) * 2)
     return audio / audio.amax(1, keepdim=True).clamp(min=least)
 
-# %% ../../nbs/25_audio.ipynb #77f415be
+# %% ../../nbs/25_audio.ipynb #5478ad82
 WINDOW, STEP, N_FFT = 400, 160, 512  # samples of a window, from one window to the next, of a transform
 BANDS, FRAMES = 64, 96               # bands, and windows of an example
 
@@ -42,7 +42,7 @@ def vggish_bands() -> Tensor:  # (BANDS, N_FFT // 2 + 1)
     rise, fall = (at - edge[:-2]) / (edge[1:-1] - edge[:-2]), (edge[2:] - at) / (edge[2:] - edge[1:-1])
     return torch.minimum(rise, fall).clamp(min=0).float()
 
-# %% ../../nbs/25_audio.ipynb #1ed29470
+# %% ../../nbs/25_audio.ipynb #1da4a32e
 def examples(
     audio: Tensor,   # (B, samples), RATE a second
 ) -> Tensor:         # (B * k, 1, FRAMES, BANDS), sound by sound
@@ -54,7 +54,7 @@ def examples(
     mel = torch.log(vggish_bands().to(audio.device) @ heard + .01).mT
     return mel[:, :mel.shape[1] // FRAMES * FRAMES].reshape(-1, 1, FRAMES, BANDS)
 
-# %% ../../nbs/25_audio.ipynb #591f638b
+# %% ../../nbs/25_audio.ipynb #9c66615c
 class VGGish(nn.Module):
     "The network of Hershey et al. (2017), up to its 128 features."
     def __init__(self):
@@ -71,7 +71,7 @@ class VGGish(nn.Module):
         "Features, (B, 128), of examples (B, 1, FRAMES, BANDS)."
         return self.embeddings(self.features(x).permute(0, 2, 3, 1).flatten(1))
 
-# %% ../../nbs/25_audio.ipynb #9b190378
+# %% ../../nbs/25_audio.ipynb #d8d0803d
 WEIGHTS = "https://github.com/harritaylor/torchvggish/releases/download/v0.1/vggish-10086976.pth"
 
 def weights_path() -> Path:
@@ -92,7 +92,7 @@ def load_vggish(
     except Exception as e: raise CorruptFile(f"{path} does not hold the weights of VGGish ({type(e).__name__}: {e})") from e
     return network.float().eval().requires_grad_(False)
 
-# %% ../../nbs/25_audio.ipynb #61abcbc1
+# %% ../../nbs/25_audio.ipynb #4fcbb44f
 @torch.no_grad()
 def sound_moments(
     network: nn.Module,               # from examples (B, 1, FRAMES, BANDS) to features (B, F)

@@ -6,7 +6,7 @@
 __all__ = ['MEASURES', 'routes', 'as_data', 'first_leg', 'energy', 'pooled_frechet', 'latents', 'features_by', 'classes_by',
            'consistency', 'against', 'check_route']
 
-# %% ../../nbs/27_consistency.ipynb #806442ae
+# %% ../../nbs/27_consistency.ipynb #db8bab5b
 from collections.abc import Callable, Mapping, Sequence
 import pandas as pd
 import torch, torch.nn.functional as F
@@ -17,7 +17,7 @@ from .frechet import Moments, frechet_distance
 from ..modality import Modality, lookup, split, subsets
 from ..model import MLD
 
-# %% ../../nbs/27_consistency.ipynb #30d83d10
+# %% ../../nbs/27_consistency.ipynb #22934ab2
 def routes(
     names: Sequence[str],        # modalities, in the model's order
 ) -> list[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]]:  # given, through, want
@@ -25,7 +25,7 @@ def routes(
     left = lambda *taken: [name for name in names if not any(name in some for some in taken)]
     return [(given, through, tuple(left(given, through))) for given in subsets(names, strict=True) for through in subsets(left(given), strict=True)]
 
-# %% ../../nbs/27_consistency.ipynb #5c63a634
+# %% ../../nbs/27_consistency.ipynb #21c258d2
 def as_data(
     m: Modality,    # whose decoder made it
     x: Tensor,      # (B, *shape), logits where the likelihood is over bits or words
@@ -35,7 +35,7 @@ def as_data(
     if m.likelihood == "bernoulli": return (x > 0).float()
     return x if m.limits is None else x.clamp(*m.limits)
 
-# %% ../../nbs/27_consistency.ipynb #0c2ec802
+# %% ../../nbs/27_consistency.ipynb #311f8cb1
 def first_leg(
     model: MLD,
     given: Mapping[str, Tensor],  # name -> (C, *shape), the conditions
@@ -48,7 +48,7 @@ def first_leg(
     between = {m.name: as_data(m, made[m.name]) for m in model.modalities if m.name in through}
     return {**{name: x.repeat_interleave(n, 0) for name, x in given.items()}, **between}
 
-# %% ../../nbs/27_consistency.ipynb #e36f9f3a
+# %% ../../nbs/27_consistency.ipynb #01189cfa
 def energy(
     x: Tensor,   # (C, n, F): n samples for each of C conditions
     y: Tensor,   # (C, n, F)
@@ -58,7 +58,7 @@ def energy(
     within = lambda a: gap(a, a).sum((1, 2)) / (n * (n - 1))
     return 2 * gap(x, y).mean((1, 2)) - within(x) - within(y)
 
-# %% ../../nbs/27_consistency.ipynb #d46a24ca
+# %% ../../nbs/27_consistency.ipynb #ef63cc4c
 def pooled_frechet(
     x: Tensor,   # (C, n, F)
     y: Tensor,   # (C, n, F)
@@ -66,7 +66,7 @@ def pooled_frechet(
     "Fréchet distance between all samples of either kind, whatever their condition."
     return torch.tensor([frechet_distance(*(Moments([a.flatten(0, 1)]) for a in (x, y)))])
 
-# %% ../../nbs/27_consistency.ipynb #f45e9caf
+# %% ../../nbs/27_consistency.ipynb #756b90b1
 def latents(
     model: MLD,
     z: Tensor,             # sampled, (B, D), standardised
@@ -95,7 +95,7 @@ def classes_by(
         return torch.cat([F.one_hot(c, classifiers[k].head.out_features) for k, c in seen.items()], 1).float()
     return view
 
-# %% ../../nbs/27_consistency.ipynb #4a0f0863
+# %% ../../nbs/27_consistency.ipynb #9c2fe452
 MEASURES = {"latents": (latents, energy)}  # name -> (view, distance)
 
 def consistency(

@@ -6,7 +6,7 @@
 __all__ = ['MEAN', 'STD', 'sentences', 'named', 'caption_f1', 'by_attribute', 'Judge', 'clip_score', 'clip_input', 'CLIP',
            'load_clip', 'cache_folder']
 
-# %% ../../nbs/26_text.ipynb #a2c33355
+# %% ../../nbs/26_text.ipynb #849d62cb
 from collections.abc import Sequence
 from typing import Protocol
 import numpy as np
@@ -20,7 +20,7 @@ from .reconstruction import f1
 from ..modality import Column, Modality, to_unit
 from ..training import CorruptFile
 
-# %% ../../nbs/26_text.ipynb #60a2f690
+# %% ../../nbs/26_text.ipynb #285e85ab
 def sentences(
     m: Modality,          # of captions; its names are the vocabulary
     x: Tensor | Column,   # one-hot or logits, (N, T, V)
@@ -31,7 +31,7 @@ def sentences(
         raise ValueError(f"modality {m.name!r}: expected captions (N, {m.shape[0]}, {m.shape[1]}), got {tuple(x.shape)}")
     return [words_of(tokens, m.names) for part in x.split(chunk) for tokens in part.argmax(-1).tolist()]
 
-# %% ../../nbs/26_text.ipynb #687b3299
+# %% ../../nbs/26_text.ipynb #073d950c
 def named(
     m: Modality,          # of captions written by the grammar of `mld.data.cub`
     x: Tensor | Column,   # one-hot or logits, (N, T, V)
@@ -39,7 +39,7 @@ def named(
     "The attributes that each caption names."
     return torch.from_numpy(np.stack([attributes_of(caption) for caption in sentences(m, x)]))
 
-# %% ../../nbs/26_text.ipynb #b04203b2
+# %% ../../nbs/26_text.ipynb #34332f15
 def caption_f1(
     m: Modality,          # of captions written by the grammar of `mld.data.cub`
     x: Tensor | Column,   # generated captions, one-hot or logits, (N, T, V)
@@ -50,7 +50,7 @@ def caption_f1(
         raise ValueError(f"expected the {len(ATTRIBUTES)} attributes of each of {len(x)} captions, got {tuple(truth.shape)}; birds have none")
     return f1(truth.float(), named(m, x).to(truth.device).float())
 
-# %% ../../nbs/26_text.ipynb #950a9239
+# %% ../../nbs/26_text.ipynb #f9b782d9
 def by_attribute(
     truth: Tensor,                          # zeros and ones, (N, A)
     found: Tensor,                          # zeros and ones, or the logits of a decoder, (N, A)
@@ -63,7 +63,7 @@ def by_attribute(
     *scores, on = precision_recall_fscore_support((truth > .5).cpu().numpy(), (found > 0).cpu().numpy(), zero_division=0)
     return pd.DataFrame({**dict(zip(("precision", "recall", "f1"), scores)), "on": on / len(truth)}, index=list(names))
 
-# %% ../../nbs/26_text.ipynb #74c1af74
+# %% ../../nbs/26_text.ipynb #1c741802
 class Judge(Protocol):
     "What can say how well pictures and captions go together."
     def encode_image(self, images: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def clip_score(
         scores.append(2.5 * F.cosine_similarity(seen.float(), said.float()).clamp(min=0).cpu())
     return torch.cat(scores)
 
-# %% ../../nbs/26_text.ipynb #da0b27e1
+# %% ../../nbs/26_text.ipynb #c894b704
 MEAN, STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)  # of the colours that CLIP was trained on
 
 def clip_input(
@@ -100,7 +100,7 @@ def clip_input(
     large = F.interpolate(images.expand(-1, 3, -1, -1), (height, width), mode="bicubic", antialias=True).clamp(0, 1)
     return (large - torch.tensor(MEAN, device=images.device)[:, None, None]) / torch.tensor(STD, device=images.device)[:, None, None]
 
-# %% ../../nbs/26_text.ipynb #69af3abc
+# %% ../../nbs/26_text.ipynb #c6af146c
 class CLIP:
     "A CLIP of the library transformers as a `Judge`."
     def __init__(
@@ -125,7 +125,7 @@ class CLIP:
         read = lambda ids, mask: self.model.text_projection(self.model.text_model(input_ids=ids, attention_mask=mask).pooler_output)
         return in_halves(read, tokens["input_ids"], tokens["attention_mask"])
 
-# %% ../../nbs/26_text.ipynb #f08878bd
+# %% ../../nbs/26_text.ipynb #19be1155
 def load_clip(
     name: str = "openai/clip-vit-base-patch32",  # of the weights, or a folder with them
 ) -> CLIP:
