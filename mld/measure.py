@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LOOKS', 'METRICS', 'NOISED', 'asked', 'circumstances', 'rows_stage', 'classifier_look', 'inception_look',
-           'names_look', 'coherence', 'agreement', 'frechet', 'by_target', 'Judge', 'measure_bounds', 'measure_samples',
-           'measure_cost', 'rows_of', 'spread_rows', 'accuracy', 'reconstruction_rows', 'measure_autoencoders',
-           'autoencoder_rows']
+           'sound_look', 'names_look', 'coherence', 'agreement', 'frechet', 'by_target', 'Judge', 'measure_bounds',
+           'measure_samples', 'measure_cost', 'rows_of', 'spread_rows', 'accuracy', 'reconstruction_rows',
+           'measure_autoencoders', 'autoencoder_rows']
 
 # %% ../nbs/43_measure.ipynb #c3bcbae5
 from collections.abc import Callable, Iterable, Mapping
@@ -14,13 +14,18 @@ from datetime import datetime, timezone
 import pandas as pd
 import torch
 from torch import Tensor
+from .data.mhd import DECIBELS
+from .data.pictures import ATTRIBUTES
 from .experiment import BaselineRun, Encoded, Experiment, Run
+from .metrics.audio import examples, load_vggish, waveforms
 from .metrics.coherence import conditional_coherence, joint_coherence, read
 from .metrics.diversity import prdc
 from .metrics.frechet import Moments, classifier_features, features_of, frechet_at_infinity, frechet_distance, kernel_distance
 from .metrics.inception import Inception
 from .metrics.reconstruction import decode_noised, f1, measures_of
+from .metrics.text import named
 from .modality import Modality, lookup, owners, split, to_unit
+from .model import as_data
 from .nets import n_params
 from .stages import commit, device_name, read_row_file, run_stage, write_rows
 
@@ -59,12 +64,19 @@ def inception_look(run: Experiment, m: Modality) -> Callable | None:
     "Inception, for colour images."
     return Inception().to(run.device) if len(m.shape) == 3 and m.shape[0] == 3 else None
 
-def names_look(run: Experiment, m: Modality) -> Callable | None:
-    "Which of its names a sample has: attributes, or pixels of a mask."
-    if m.kind == "mask": return lambda x: to_unit(x) > .5
-    return (lambda x: to_unit(x) > 0) if m.likelihood == "bernoulli" else None
+def sound_look(run: Experiment, m: Modality) -> Callable | None:
+    "VGGish, for sound."
+    if m.kind != "sound": return None
+    network, decibels = load_vggish().to(run.device), DECIBELS[run.data.source]
+    return lambda x: network(examples(waveforms(x.to(run.device), decibels)))
 
-LOOKS: dict[str, Callable] = {"classifier": classifier_look, "inception": inception_look, "names": names_look}  # (run, modality) -> net, or None
+def names_look(run: Experiment, m: Modality) -> Callable | None:
+    "What a sample has: attributes, pixels of a mask, attributes that a caption names."
+    if m.likelihood == "categorical" and run.labels.shape[1:] == (len(ATTRIBUTES),): return lambda x: named(m, x) > 0
+    if m.kind == "mask": return lambda x: to_unit(x) > .5
+    return (lambda x: as_data(m, to_unit(x)) > 0) if m.likelihood == "bernoulli" else None
+
+LOOKS: dict[str, Callable] = {"classifier": classifier_look, "inception": inception_look, "sound": sound_look, "names": names_look}  # (run, modality) -> net
 
 # %% ../nbs/43_measure.ipynb #329259d0
 def coherence(run: Experiment, made: Mapping, real: Mapping, given: bool) -> dict:
@@ -75,7 +87,8 @@ def coherence(run: Experiment, made: Mapping, real: Mapping, given: bool) -> dic
 
 def agreement(run: Experiment, made: Mapping, real: Mapping, given: bool) -> dict:
     "F1 of attributes and masks against those of the held-out tuples, where something was given; the mean over samples."
-    truth = {name: run.conditions([name])[name] > .5 for name in made} if given else {}
+    kinds = {m.name: m.likelihood for m in run.data.modalities}
+    truth = {name: (run.labels if kinds[name] == "categorical" else run.conditions([name])[name]) > .5 for name in made} if given else {}
     return {("f1", name): f1(x.float(), made[name].float()).mean().item() for name, x in truth.items()}
 
 def frechet(real: Tensor, made: Tensor) -> float: return frechet_distance(Moments([made]), Moments([real]))
@@ -93,6 +106,7 @@ METRICS: dict[str, tuple[str, Callable]] = {  # name -> look, (run, made, real, 
     "diversity": ("classifier", by_target(prdc)),
     "fid": ("inception", by_target(lambda real, made: {"fid": frechet(real, made)})),
     "kid": ("inception", by_target(lambda real, made: {"kid": kernel_distance(real, made)})),
+    "fad": ("sound", by_target(lambda real, made: {"fad": frechet(real, made)})),
     "f1": ("names", agreement)}
 
 # %% ../nbs/43_measure.ipynb #2196e092
