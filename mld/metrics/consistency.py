@@ -9,7 +9,7 @@ __all__ = ['MEASURES', 'routes', 'first_leg', 'energy', 'pooled_frechet', 'laten
 # %% ../../nbs/27_consistency.ipynb #db8bab5b
 from collections.abc import Callable, Mapping, Sequence
 import pandas as pd
-import torch
+import torch, torch.nn.functional as F
 from torch import Tensor
 from ..denoiser import in_halves
 from .coherence import Classifier, presentable, read
