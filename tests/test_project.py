@@ -117,7 +117,7 @@ def test_imports_go_one_way(root):
 def test_every_import_is_a_requirement(root):
     project = pyproject(root)["project"]
     wanted = {re.split(r"[><=]", d)[0] for d in project["dependencies"] + [d for name in ("baselines", "clip") for d in project["optional-dependencies"][name]]}
-    called = {"PIL": "pillow", "pytorch_fid": "pytorch-fid", "sklearn": "scikit-learn"}
+    called = {"PIL": "pillow", "huggingface_hub": "huggingface-hub", "pytorch_fid": "pytorch-fid", "sklearn": "scikit-learn"}
     for path in (root / "mld").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
