@@ -229,8 +229,8 @@ class Trainer:
         for i, row in enumerate(values):
             bad = [n for n, v in zip(names, row) if not math.isfinite(v)]
             if not bad and self.level and sum(row) > 1000 * self.level: bad = [names[row.index(max(row))]]
-            if bad: raise Diverged(f"loss of {', '.join(map(repr, bad))} at step {last_good + i + 1} is "
-                                   f"{dict(zip(names, row))}; the last checkpoint is from before")
+            if bad: raise Diverged(f"loss of {', '.join(map(repr, bad))} at step {last_good + i + 1} is {dict(zip(names, row))}"
+                                   + "; the last checkpoint is from before" * bool(self.folder))
         self.recent, self.window = [], self.window + values
         means = {name: sum(column) / len(self.window) for name, column in zip(names, zip(*self.window))}
         if self.step % self.look == 0 or self.step == self.how.steps: self.note(means)
