@@ -81,8 +81,9 @@ def write_rows(path: str | Path, rows: pd.DataFrame) -> None:
 
 def read_row_file(path: str | Path) -> pd.DataFrame:
     "What `write_rows` wrote; an empty frame for a CSV that holds something else."
-    rows = pd.read_csv(path)
-    return rows.fillna({"given": "", "sampler": "", "commit": ""}) if list(rows) == ROW else pd.DataFrame(columns=ROW)
+    words = ("given", "sampler", "commit")  # may be empty
+    rows = pd.read_csv(path, dtype=dict.fromkeys(words, str))
+    return rows.fillna(dict.fromkeys(words, "")) if list(rows) == ROW else pd.DataFrame(columns=ROW)
 
 def commit() -> str:
     "Short hash of the commit this package runs from, with a + when the tree has changes; empty outside a checkout."

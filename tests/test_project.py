@@ -146,3 +146,10 @@ def test_prose_is_prose(root):
             if cell.cell_type == "markdown":
                 assert sum(line.startswith("# ") for line in cell.source.split("\n")) <= 1, f"{path}: {cell.source[:80]!r}"
                 assert not cell.source.startswith("# #"), f"{path}: {cell.source[:80]!r}"
+
+
+def test_notebooks_name_no_place_of_the_machine_they_were_run_on(root):
+    for path in notebooks(root):
+        for i, cell in enumerate(nbformat.read(path, 4).cells):
+            text = cell.source + str(cell.get("outputs", ""))
+            assert not (found := re.search(r"/(tmp|root|home|Users|work)/\w+", text)), f"{path}, cell {i}: {found[0]}"
