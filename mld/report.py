@@ -177,7 +177,7 @@ def show_front(
     "One metric against another, a point a model and sampler, the mean over seeds, with bars of one standard deviation. Returns the axes."
     from matplotlib import pyplot as plt
     cases = by_case(in_percent(rows[~rows.model.isin(["real", "reconstruction"])])).reset_index()
-    points = cases.assign(x=cases.nfe if x == "nfe" else cases[x, case], y=cases[y, case]).dropna(subset=[("x", ""), ("y", "")])
+    points = cases[["model", "variant", "sampler"]].droplevel(1, axis=1).assign(x=cases["nfe"] if x == "nfe" else cases[x, case], y=cases[y, case]).dropna()
     labels = [c for c in ("model", "variant", "sampler") if points[c].nunique() > 1] or ["sampler"]
     ax = plt.subplots(figsize=(5, 3.4))[1]
     for name, part in points.groupby(labels, sort=False):
@@ -208,7 +208,7 @@ def show_noised(
     from matplotlib import pyplot as plt
     rows = rows[rows.model == "reconstruction"].reset_index(drop=True)
     parts = rows.metric.str.extract("(?P<measure>.*?)(?: at t=(?P<t>.*))?$")
-    rows = rows.assign(measure=parts.measure, t=parts.t.fillna(0).astype(float))
+    rows = rows.assign(measure=parts.measure, t=parts.t.fillna("0").astype(float))
     first = rows.groupby(["dataset", "target"]).measure.transform(lambda m: "accuracy" if "accuracy" in set(m) else m.iloc[0])
     panels = list(rows[rows.measure == first].groupby(["dataset", "measure"], sort=False))
     fig, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 2.7), squeeze=False)

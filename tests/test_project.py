@@ -153,3 +153,10 @@ def test_notebooks_name_no_place_of_the_machine_they_were_run_on(root):
         for i, cell in enumerate(nbformat.read(path, 4).cells):
             text = cell.source + str(cell.get("outputs", ""))
             assert not (found := re.search(r"/(tmp|root|home|Users|work)/\w+", text)), f"{path}, cell {i}: {found[0]}"
+
+
+def test_links_between_notebooks_lead_somewhere(root):
+    for path in notebooks(root):
+        for cell in nbformat.read(path, 4).cells:
+            for link in re.findall(r"\]\(([\w./-]+\.(?:ipynb|md|csv|png|cff))\)", cell.source if cell.cell_type == "markdown" else ""):
+                assert (path.parent / link).exists(), f"{path} links to {link}"
