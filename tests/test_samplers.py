@@ -240,6 +240,32 @@ def test_the_network_never_sees_what_is_left_out(real):
     assert without[:, :2].std() == pytest.approx(1, abs=.1) and (without[:, :2] * real[:200, :2]).mean().abs() < .2
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_network_sees_what_is_given_clean_at_every_call(real, sampler):
+    seen = []
+
+    def net(z_t, t): seen.append((z_t, t)); return z_t / 2
+    given = torch.rand(64, 3, generator=torch.Generator().manual_seed(6)) < .5
+    denoiser = Denoiser(net, SMALL["sizes"], predict="v")
+    sample(denoiser, sampler, real[:64], given, **FEW[sampler])
+    keep = given[:, denoiser.owner]
+    for z_t, t in seen: assert torch.equal(z_t[keep], real[:64][keep]) and torch.equal(t == 0, given)
+
+
+def test_a_joint_network_sees_what_is_given_as_noisy_as_the_rest_and_noised_afresh(real):
+    seen = []
+
+    def net(z_t, t): seen.append((z_t, t)); return torch.zeros_like(z_t)
+    denoiser = Denoiser(net, SMALL["sizes"], predict="v")
+    sample(Renoised(denoiser, torch.Generator().manual_seed(3)), "ddim", real[:2000], [True, True, False], steps=6)
+    noises = []
+    for z_t, t in seen:
+        alpha_t, sigma_t = denoiser.scales(t)
+        noises.append(((z_t - alpha_t * real[:2000]) / sigma_t)[:, :6])
+        assert (t == t[0, 0]).all() and noises[-1].std() == pytest.approx(1, abs=.03)
+    assert (noises[1] * noises[2]).mean().abs() < .03
+
+
 def test_a_joint_network_is_conditioned_by_noising_what_is_given_and_by_jumps(toy, exact, real):
     def net(z_t, t): assert (t == t[:, :1]).all(); return exact.net(z_t, t)
     inpaint = Renoised(Denoiser(net, toy.sizes, predict="eps"), torch.Generator().manual_seed(3))
