@@ -11,15 +11,15 @@ __all__ = ['BASELINES', 'MIXTURES', 'PRIORS', 'BALANCE', 'VIEWS', 'PAPER', 'LAPT
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from .denoiser import in_halves
-from .modality import ARCHITECTURES, Column, Modality, check_batch, lookup, to_unit
-from .training import CorruptFile, Diverged, Training, load_weights, save_weights, train
+from .modality import Column, Modality, check_batch, lookup, to_unit
+from .model import load_model, save_model
+from .training import Diverged, Training, train
 from .vision import torchvision
 
 # %% ../nbs/30_baselines.ipynb #64deef28
@@ -346,21 +346,13 @@ def generate(
 # %% ../nbs/30_baselines.ipynb #328c8dad
 @patch
 def save(self: Baseline, path: str | Path) -> None:
-    "Write one safetensors file, atomically, with weights, mixtures and configuration."
-    made_in = {getattr(f, "func", f).__module__ for m in self.modalities for f in ARCHITECTURES[m.architecture]}
-    save_weights(path, self.state_dict(), {"kind": "Baseline", "modules": sorted(m for m in made_in if m.startswith("mld.")), **self.config})
+    "Write one safetensors file, with weights, mixtures and configuration, see `save_model`."
+    save_model(self, path)
 
 @patch(cls_method=True)
 def load(cls: Baseline, path: str | Path) -> Baseline:
-    "Read what `save` wrote. `FileNotFoundError`, or `CorruptFile` when it is damaged or not a `Baseline`."
-    tensors, config = load_weights(path)
-    if config.pop("kind", None) != "Baseline": raise CorruptFile(f"{path} holds no Baseline")
-    for module in config.pop("modules"):
-        if module.startswith("mld."): import_module(module)  # registers its architectures
-    modalities = [Modality(**{k: tuple(v) if isinstance(v, list) else v for k, v in m.items()}) for m in config.pop("modalities")]
-    model = cls(modalities, **config)
-    model.load_state_dict(tensors)
-    return model
+    "Read what `save` wrote, see `load_model`."
+    return load_model(cls, path)
 
 # %% ../nbs/30_baselines.ipynb #9b535259
 BALANCE = {"mnist_svhn": {"mnist": 3.92, "svhn": 1.},  # weights that make up for the numbers of dimensions
