@@ -38,7 +38,8 @@ def start(out, tiny, slow=0.):
 
 def rows(out):
     path, = Path(out).rglob("rows.csv")
-    return pd.read_csv(path)[SAME]
+    made = pd.read_csv(path)[SAME]
+    return made[~made.metric.isin(["training seconds", "samples a second"])].reset_index(drop=True)  # these depend on the day
 
 
 @pytest.fixture(scope="module")
