@@ -81,11 +81,11 @@ def draw_with_absent(
     p_joint: float,
     generator: torch.Generator,
 ) -> Tensor:                     # (n, M), 0 = given, 1 = absent
-    "As `draw_per_sample`; then in half of the samples each modality but one of the diffused is absent with probability 1/2."
+    "As `draw_per_sample`; then in a quarter of the samples each modality but one of the diffused is absent with probability 1/2."
     t = draw_per_sample(n, n_modalities, times, p_joint, generator)
     coin = lambda *shape: torch.rand(*shape, generator=generator, device=generator.device)
     kept = (coin(n, n_modalities) * (t > 0)).argmax(1, keepdim=True)
-    absent = (coin(n, n_modalities) < .5) & (coin(n, 1) < .5)
+    absent = (coin(n, n_modalities) < .5) & (coin(n, 1) < .25)
     return torch.where(absent.scatter(1, kept, False), 1., t)
 
 # %% ../nbs/04_denoiser.ipynb #44be1dfd

@@ -93,10 +93,10 @@ def test_how_often_each_draw_gives_and_leaves_out():
     # a strict subset of three holds a modality in 3 of 6 cases
     assert given["batch"].sub(.6 / 2).abs().max() < .04 and given["sample"].sub(.6 / 2).abs().max() < .01
     assert not given["uni"].any() and not given["inpaint"].any()
-    # given, and not in the half of the samples where a coin says absent
-    assert given["absent"].sub(.6 / 2 * .75).abs().max() < .01
-    # a quarter of what is given, and of what is diffused but not kept: of 3 diffused 2/3, of 2 diffused 1/2
-    expected = .25 * (.3 + .4 * 2 / 3 + .3 * 2 / 3 * 1 / 2)
+    # given, and not in the quarter of the samples where a coin says absent
+    assert given["absent"].sub(.6 / 2 * 7 / 8).abs().max() < .01
+    # an eighth of what is given, and of what is diffused but not kept: of 3 diffused 2/3, of 2 diffused 1/2
+    expected = .125 * (.3 + .4 * 2 / 3 + .3 * 2 / 3 * 1 / 2)
     assert absent["absent"].sub(expected).abs().max() < .01
     # the group of a modality picked at random, of three labels, unless all share it
     assert given["partition"].sub(.6 * (1 / 3 + 2 / 3 / 3 - 1 / 9)).abs().max() < .01
