@@ -61,7 +61,8 @@ def conv_bn_decoder(
     hidden: int | None = 256,  # width of the layer after the latents; None: there is none
 ) -> nn.Module:                # from (B, m.latent)
     "Decoder of images with batch normalisation; it gives logits where the likelihood wants them."
-    small, as_data = (2 * width, m.shape[1] // 4, m.shape[2] // 4), m.likelihood in ("gaussian", "laplace") and m.limits == (0, 1)
+    small = 2 * width, m.shape[1] // 4, m.shape[2] // 4
+    as_data = m.likelihood in ("gaussian", "laplace") and m.limits == (0, 1)
     return nn.Sequential(
         *linear_bn(m.latent, *([hidden] if hidden else []), math.prod(small)), nn.Unflatten(1, small),
         nn.ConvTranspose2d(2 * width, width, 4, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
