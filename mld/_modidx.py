@@ -530,6 +530,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'mld.report': { 'mld.report.beside_paper': ('report.html#beside_paper', 'mld/report.py'),
                             'mld.report.by_case': ('report.html#by_case', 'mld/report.py'),
                             'mld.report.in_percent': ('report.html#in_percent', 'mld/report.py'),
+                            'mld.report.intervals': ('report.html#intervals', 'mld/report.py'),
                             'mld.report.paper_values': ('report.html#paper_values', 'mld/report.py'),
                             'mld.report.read_rows': ('report.html#read_rows', 'mld/report.py'),
                             'mld.report.reconstruction_table': ('report.html#reconstruction_table', 'mld/report.py'),
