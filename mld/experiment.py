@@ -7,7 +7,7 @@ __all__ = ['NET_SETTINGS', 'CONDITIONS', 'PARAMETERS', 'label', 'Setup', 'keep',
            'Encoded', 'Run', 'BaselineRun', 'make_run', 'parameters_in', 'open_run', 'reopen', 'Study']
 
 # %% ../nbs/42_experiment.ipynb #062b5dfa
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
@@ -309,6 +309,10 @@ class Run(Encoded):
         "What was generated, decoded."
         return self.model.decode(self.samples(sampler, given).tensors["z"][:n], [m for m in self.data.names if m not in given])
 
+    def batches(self, sampler: str, given: tuple[str, ...] = (), size: int = 500) -> Iterator[dict[str, Tensor]]:
+        "What was generated, decoded `size` samples at a time."
+        for z in self.samples(sampler, given).tensors["z"].split(size): yield self.model.decode(z, [m for m in self.data.names if m not in given])
+
 # %% ../nbs/42_experiment.ipynb #16db533f
 class BaselineRun(Experiment):
     "An experiment with one of the VAE baselines."
@@ -366,6 +370,10 @@ class BaselineRun(Experiment):
         made = self.model.generate(1 if given else self.settings.n_joint, self.conditions(given) if given else None, prior=sampler,
                                    seed=1000 * self.seed + self.subsets.index(given))
         return {name: x[:n] for name, x in made.items()}
+
+    def batches(self, sampler: str, given: tuple[str, ...] = ()) -> Iterator[dict[str, Tensor]]:
+        "What the model generates, in one piece."
+        yield self.generated(sampler, given)
 
     def samples(self, sampler: str, given: tuple[str, ...] = ()) -> Stage:
         "What generating costs: samples are made anew whenever they are wanted, and are the same each time."

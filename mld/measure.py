@@ -14,6 +14,7 @@ from datetime import datetime, timezone
 import pandas as pd
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from .data.mhd import DECIBELS
 from .data.pictures import ATTRIBUTES
 from .experiment import BaselineRun, Encoded, Experiment, Run
@@ -130,11 +131,15 @@ class Judge:
 
     def __call__(
         self,
-        batch: Mapping,       # name -> (n, *shape)
-        given: bool = False,  # was it made from the held-out conditions, in their order?
-    ) -> list[dict]:          # metric, target, value, n
-        "Every metric of a batch."
-        made, n = self.look(batch), len(next(iter(batch.values())))
+        batch: Mapping | Iterable[Mapping],  # name -> (n, *shape); or several, of which only one is held at a time
+        given: bool = False,                 # was it made from the held-out conditions, in their order?
+    ) -> list[dict]:                         # metric, target, value, n
+        "Every metric of a batch, or of several that belong together."
+        n, parts = 0, []
+        for part in [batch] if isinstance(batch, Mapping) else batch:
+            n += len(next(iter(part.values())))
+            parts.append(self.look(part))
+        made = {look: {name: torch.cat([part[look][name] for part in parts]) for name in seen} for look, seen in parts[0].items()}
         found = [measure(self.run, made[look], self.real[look], given) for look, measure in self.metrics.values() if made[look]]
         return [{"metric": metric, "target": target, "value": value, "n": n} for values in found for (metric, target), value in values.items()]
 
@@ -156,8 +161,9 @@ def measure_samples(
     judge: Judge,
 ) -> list[dict]:
     "Every sampler's samples, joint and given each subset; `seconds` and `nfe` are what the samples cost."
+    cases = tqdm(run.cases, desc="measuring", disable=not run.origin["progress"])
     return [{**run.facts, "sampler": sampler, "given": ",".join(given), **run.samples(sampler, given).info, **row}
-            for sampler, given in run.cases for row in judge(run.generated(sampler, given), given=bool(given))]
+            for sampler, given in cases for row in judge(run.batches(sampler, given), given=bool(given))]
 
 def measure_cost(
     run: Run | BaselineRun,
@@ -174,7 +180,8 @@ def rows_of(
 ) -> pd.DataFrame:
     "All numbers of a run, measured once and written into its folder: as `rows.csv`, or as `rows-<metrics>.csv` when they were asked for."
     asked_for = list(metrics) or run.settings.metrics
-    inputs = {"samples": {f"{s} {g}": run.samples(s, g).key for s, g in run.cases}, "metrics": asked_for,
+    cases = tqdm(run.cases, desc="sampling", disable=not run.origin["progress"])
+    inputs = {"samples": {f"{s} {g}": run.samples(s, g).key for s, g in cases}, "metrics": asked_for,
               "readers": {name: stage.key for name, stage in run.classifier_stages.items()} if run.has_classes else {},
               "val": run.data.val.fingerprint(), **run.pick("n_given", "n_joint", "protocol")}
     def measure(run):
