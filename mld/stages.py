@@ -36,7 +36,7 @@ def stage_file(
     settings: Mapping,       # exactly what the result depends on, keys of inputs included; JSON
 ) -> Path:
     "Where the result of a stage is, or will be."
-    return Path(root) / f"{name}-{key_of(settings)}" / "result.safetensors"
+    return Path(root) / f"{name}-{key_of({'stage': name, **settings})}" / "result.safetensors"
 
 def run_stage(
     root: str | Path,        # folder of all stages
@@ -45,7 +45,8 @@ def run_stage(
     make: Callable,          # checkpoint folder -> (tensors, info)
 ) -> Stage:
     "Load the result of a stage, or make it. What `make` raises is raised, and nothing is kept but checkpoints."
-    path, key, settings = stage_file(root, name, settings), key_of(settings), {"stage": name, **settings}
+    path, settings = stage_file(root, name, settings), {"stage": name, **settings}
+    key = key_of(settings)
     path.parent.mkdir(parents=True, exist_ok=True)
     with one_writer(path.with_name("lock")):
         try:

@@ -78,6 +78,13 @@ def test_a_baseline_makes_rows_of_the_same_kind(tiny, tmp_path):
     assert (rows[rows.sampler == "mixture"].given == "").all()
 
 
+def test_two_baselines_of_one_recipe_are_two_models(tiny, tmp_path):
+    pytest.importorskip("multivae")
+    mopoe, mmvae = (make_run("polydigits", vary={"model": name, "baseline": {"latent": 8, "steps": 3}}, out=tmp_path, overrides=tiny,
+                             device="cpu", progress=False) for name in ("mopoe", "mmvae"))
+    assert mopoe.fitted.key != mmvae.fitted.key and mopoe.samples("own").key != mmvae.samples("own").key
+
+
 def test_coherence_is_that_of_multivae(tmp_path):
     pytest.importorskip("multivae")
     overrides = dict(n_train=2000, n_val=60, n_test=2000, clf_steps=250, clf_batch=64, n_joint=2000, n_given=2000, model="mopoe",
