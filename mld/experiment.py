@@ -131,6 +131,19 @@ class Experiment(Setup):
         "Of the held-out tuples."
         return self.data.test.labels[self.held_out]
 
+    def wanted(self, given: tuple[str, ...]) -> list[str]:
+        "What is generated when some modalities are given: all others."
+        return [name for name in self.data.names if name not in given]
+
+    def request(self, given: tuple[str, ...]) -> dict:
+        "Arguments of a model for one of the `subsets`: how many samples, of which conditions, from which seed."
+        return {"n": 1 if given else self.settings.n_joint, "given": self.conditions(given) if given else None,
+                "seed": 1000 * self.seed + self.subsets.index(given)}
+
+    def request_key(self, given: tuple[str, ...]) -> dict:
+        "What stands for a `request` in the keys of stages."
+        return {"given": given, "seed": self.seed, **self.pick("n_given" if given else "n_joint", "protocol")}
+
     @property
     def has_classes(self) -> bool:
         "Does each tuple have one class, and are the classes of the test split those of the training split?"
@@ -147,6 +160,11 @@ class Experiment(Setup):
 
     @cached_property
     def classifier_stages(self) -> dict[str, Stage]: return each(self, "classifier")
+
+    @property
+    def readers(self) -> dict[str, str]:
+        "What stands for the classifiers in the keys of stages, by modality; nothing where the data has no classes."
+        return {name: stage.key for name, stage in self.classifier_stages.items()} if self.has_classes else {}
 
     @cached_property
     def classifiers(self) -> dict[str, Classifier]:
@@ -290,14 +308,12 @@ class Run(Encoded):
     def samples(self, sampler: str, given: tuple[str, ...] = ()) -> Stage:
         "Latents `z` sampled given some modalities of `conditions`, or jointly; `info` has the network calls and seconds."
         options = {"sampler": sampler, **lookup("sampler of this run", sampler, self.settings.samplers)}
-        seed = 1000 * self.seed + self.subsets.index(given)
         def make(folder):
-            self.model.denoiser.calls, started = 0, time.monotonic()
-            z = self.model.sample(1 if given else self.settings.n_joint, self.conditions(given) if given else None, seed=seed,
-                                  around=self.around(options, seed), **{k: v for k, v in options.items() if k not in ("guidance", "interval")})
+            self.model.denoiser.calls, started, request = 0, time.monotonic(), self.request(given)
+            z = self.model.sample(**request, around=self.around(options, request["seed"]),
+                                  **{k: v for k, v in options.items() if k not in ("guidance", "interval")})
             return {"z": z}, {"nfe": self.model.denoiser.calls, "seconds": time.monotonic() - started}
-        settings = {"score": self.score.key, "options": options, "given": given, "seed": self.seed,
-                    **self.pick("n_given" if given else "n_joint", "condition", "protocol")}
+        settings = {"score": self.score.key, "options": options, **self.request_key(given), **self.pick("condition")}
         return run_stage(self.stages, "samples", settings, make)
 
     def generated(
@@ -307,11 +323,11 @@ class Run(Encoded):
         n: int | None = None,         # the first n; all by default
     ) -> dict[str, Tensor]:           # of what is not given
         "What was generated, decoded."
-        return self.model.decode(self.samples(sampler, given).tensors["z"][:n], [m for m in self.data.names if m not in given])
+        return self.model.decode(self.samples(sampler, given).tensors["z"][:n], self.wanted(given))
 
     def batches(self, sampler: str, given: tuple[str, ...] = (), size: int = 500) -> Iterator[dict[str, Tensor]]:
         "What was generated, decoded `size` samples at a time."
-        for z in self.samples(sampler, given).tensors["z"].split(size): yield self.model.decode(z, [m for m in self.data.names if m not in given])
+        for z in self.samples(sampler, given).tensors["z"].split(size): yield self.model.decode(z, self.wanted(given))
 
 # %% ../nbs/42_experiment.ipynb #16db533f
 class BaselineRun(Experiment):
@@ -367,9 +383,7 @@ class BaselineRun(Experiment):
         n: int | None = None,         # the first n; all by default
     ) -> dict[str, Tensor]:           # of what is not given
         "What the model generates."
-        made = self.model.generate(1 if given else self.settings.n_joint, self.conditions(given) if given else None, prior=sampler,
-                                   seed=1000 * self.seed + self.subsets.index(given))
-        return {name: x[:n] for name, x in made.items()}
+        return {name: x[:n] for name, x in self.model.generate(**self.request(given), prior=sampler).items()}
 
     def batches(self, sampler: str, given: tuple[str, ...] = ()) -> Iterator[dict[str, Tensor]]:
         "What the model generates, in one piece."
@@ -378,10 +392,11 @@ class BaselineRun(Experiment):
     def samples(self, sampler: str, given: tuple[str, ...] = ()) -> Stage:
         "What generating costs: samples are made anew whenever they are wanted, and are the same each time."
         def make(folder):
-            self.model, started = self.model, time.monotonic()
+            self.model  # trained or loaded before the clock starts
+            started = time.monotonic()
             self.generated(sampler, given)
             return {}, {"nfe": 1, "seconds": time.monotonic() - started}
-        settings = {"model": self.fitted.key, "prior": sampler, "given": given, "seed": self.seed, **self.pick("n_given" if given else "n_joint")}
+        settings = {"model": self.fitted.key, "prior": sampler, **self.request_key(given)}
         return run_stage(self.stages, "samples", settings, make)
 
     def reconstructions(self, n: int | None = None) -> dict[str, Tensor]:

@@ -57,27 +57,32 @@ def rows_stage(
     return read_row_file(run.folder / f"{name}.csv")
 
 # %% ../nbs/43_measure.ipynb #f53d4960
-def classifier_look(run: Experiment, m: Modality) -> Callable | None:
-    "The kit's classifier, its features, where the data has classes."
-    return classifier_features(run.classifiers[m.name]) if run.has_classes else None
+def classifier_look(run: Experiment) -> dict[str, Callable]:
+    "The kit's classifiers, their features, where the data has classes."
+    return {name: classifier_features(reader) for name, reader in run.classifiers.items()} if run.has_classes else {}
 
-def inception_look(run: Experiment, m: Modality) -> Callable | None:
+def inception_look(run: Experiment) -> dict[str, Callable]:
     "Inception, for colour images."
-    return Inception().to(run.device) if len(m.shape) == 3 and m.shape[0] == 3 else None
+    colourful = [m.name for m in run.data.modalities if len(m.shape) == 3 and m.shape[0] == 3]
+    return dict.fromkeys(colourful, Inception().to(run.device)) if colourful else {}
 
-def sound_look(run: Experiment, m: Modality) -> Callable | None:
+def sound_look(run: Experiment) -> dict[str, Callable]:
     "VGGish, for sound."
-    if m.kind != "sound": return None
+    sounds = [m.name for m in run.data.modalities if m.kind == "sound"]
+    if not sounds: return {}
     network, decibels = load_vggish().to(run.device), DECIBELS[run.data.source]
-    return lambda x: network(examples(waveforms(x.to(run.device), decibels)))
+    return dict.fromkeys(sounds, lambda x: network(examples(waveforms(x.to(run.device), decibels))))
 
-def names_look(run: Experiment, m: Modality) -> Callable | None:
+def names_look(run: Experiment) -> dict[str, Callable]:
     "What a sample has: attributes, pixels of a mask, attributes that a caption names."
-    if m.likelihood == "categorical" and run.labels.shape[1:] == (len(ATTRIBUTES),): return lambda x: named(m, x) > 0
-    if m.kind == "mask": return lambda x: to_unit(x) > .5
-    return (lambda x: as_data(m, to_unit(x)) > 0) if m.likelihood == "bernoulli" else None
+    def look(m: Modality) -> Callable | None:
+        if m.likelihood == "categorical" and run.labels.shape[1:] == (len(ATTRIBUTES),): return lambda x: named(m, x) > 0
+        if m.kind == "mask": return lambda x: to_unit(x) > .5
+        return (lambda x: as_data(m, to_unit(x)) > 0) if m.likelihood == "bernoulli" else None
+    return {m.name: seen for m in run.data.modalities if (seen := look(m))}
 
-LOOKS: dict[str, Callable] = {"classifier": classifier_look, "inception": inception_look, "sound": sound_look, "names": names_look}  # (run, modality) -> net
+LOOKS: dict[str, Callable] = {  # name -> run to {modality: (B, *shape) to (B, ...)}
+    "classifier": classifier_look, "inception": inception_look, "sound": sound_look, "names": names_look}
 
 # %% ../nbs/43_measure.ipynb #329259d0
 def coherence(run: Experiment, made: Mapping, real: Mapping, given: bool) -> dict:
@@ -119,8 +124,7 @@ class Judge:
         metrics: Iterable[str] = ("coherence", "fmd"),  # names in `METRICS`
     ):
         self.run, self.metrics = run, {name: lookup("metric", name, METRICS) for name in metrics}
-        every = {look: {m.name: LOOKS[look](run, m) for m in run.data.modalities} for look, _ in self.metrics.values()}
-        self.nets = {look: {name: net for name, net in nets.items() if net} for look, nets in every.items()}
+        self.nets = {look: LOOKS[look](run) for look in dict.fromkeys(look for look, _ in self.metrics.values())}
         if bare := [name for name, (look, _) in self.metrics.items() if not self.nets[look]]:
             raise ValueError(f"{', '.join(bare)}: nothing in {run.data.name} can be measured so")
         self.real = self.look(run.reference)
@@ -162,8 +166,11 @@ def measure_samples(
 ) -> list[dict]:
     "Every sampler's samples, joint and given each subset; `seconds` and `nfe` are what the samples cost."
     cases = tqdm(run.cases, desc="measuring", disable=not run.origin["progress"])
-    return [{**run.facts, "sampler": sampler, "given": ",".join(given), **run.samples(sampler, given).info, **row}
-            for sampler, given in cases for row in judge(run.batches(sampler, given), given=bool(given))]
+    rows = []
+    for sampler, given in cases:
+        same = {**run.facts, "sampler": sampler, "given": ",".join(given), **run.samples(sampler, given).info}
+        rows += [{**same, **row} for row in judge(run.batches(sampler, given), given=bool(given))]
+    return rows
 
 def measure_cost(
     run: Run | BaselineRun,
@@ -182,8 +189,7 @@ def rows_of(
     asked_for = list(metrics) or run.settings.metrics
     cases = tqdm(run.cases, desc="sampling", disable=not run.origin["progress"])
     inputs = {"samples": {f"{s} {g}": run.samples(s, g).key for s, g in cases}, "metrics": asked_for,
-              "readers": {name: stage.key for name, stage in run.classifier_stages.items()} if run.has_classes else {},
-              "val": run.data.val.fingerprint(), **run.pick("n_given", "n_joint", "protocol")}
+              "readers": run.readers, "val": run.data.val.fingerprint(), **run.pick("n_given", "n_joint", "protocol")}
     def measure(run):
         judge = Judge(run, asked_for)
         return measure_bounds(run, judge) + measure_samples(run, judge) + measure_cost(run)
@@ -245,6 +251,5 @@ def autoencoder_rows(
     run: Encoded,
 ) -> pd.DataFrame:
     "The numbers of a run's autoencoders, measured once and written as `autoencoders.csv` into its folder."
-    inputs = {"latents": run.latents.key, "noised": NOISED, **run.pick("n_given")}
-    if run.has_classes: inputs["readers"] = {name: stage.key for name, stage in run.classifier_stages.items()}
+    inputs = {"latents": run.latents.key, "noised": NOISED, "readers": run.readers, **run.pick("n_given", "protocol")}
     return rows_stage(run, "autoencoders", inputs, measure_autoencoders)

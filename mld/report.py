@@ -8,7 +8,7 @@ __all__ = ['FRACTIONS', 'read_rows', 'by_case', 'in_percent', 'spread', 'result_
            'show_cross', 'show_failures', 'show_front', 'show_cost', 'show_noised', 'training_table']
 
 # %% ../nbs/44_report.ipynb #d2766746
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 import pandas as pd

@@ -9,7 +9,6 @@ __all__ = ['PROCESSES', 'TIMES', 'Process', 'log_snr', 'VPProcess', 'FlowPath', 
 # %% ../nbs/01_sde.ipynb #9cf6daa2
 from collections.abc import Callable
 from dataclasses import dataclass
-import math
 import torch, torch.nn.functional as F
 from torch import Tensor
 

@@ -15,7 +15,7 @@ from mld import baselines
 from mld.baselines import BASELINES, RECIPES, Baseline, aggregate, log_likelihood, recipe
 from mld.data.polydigits import polydigits
 from mld.modality import Modality, subsets
-from mld.training import CorruptFile, Training, load_weights, save_weights
+from mld.training import CorruptFile, Training, save_weights
 
 SMALL = {"nexus": dict(latent=4, message=8, hidden=[8, 8]), **dict.fromkeys(("mmvae_plus", "mmvae_plus_10", "cmvae"), dict(latent=4, private=3))}
 HOW = Training(steps=2, batch_size=16, lr=1e-3)

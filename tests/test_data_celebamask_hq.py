@@ -2,7 +2,6 @@
 import os
 from dataclasses import replace
 from functools import partial
-from io import BytesIO
 
 import numpy as np
 import pytest

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from sklearn.metrics import f1_score
 from torch import nn
 
-from mld.data.cub import attributes_of, caption_modalities, caption_of, make_vocabulary, tokens_of
+from mld.data.cub import caption_modalities, caption_of, make_vocabulary, tokens_of
 from mld.data.mhd import log_mel
 from mld.denoiser import Denoiser
 from mld.metrics import audio, consistency, text

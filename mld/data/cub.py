@@ -18,6 +18,7 @@ import re, textwrap
 import numpy as np
 from torch import Tensor, nn
 from tqdm import tqdm
+from ..autoencoders import linear_bn
 from .files import File, Recipe, register_recipe
 from .pictures import ATTRIBUTES, FACES, held_out, in_order, read_faces, read_picture
 from ..modality import KINDS, Modality, register_architecture
@@ -263,8 +264,7 @@ def words_encoder(
     "Encoder of captions, with batch normalisation."
     return nn.Sequential(
         nn.Linear(m.shape[1], vector, bias=False), nn.Flatten(),
-        nn.Linear(m.shape[0] * vector, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
-        nn.Linear(hidden, m.latent), nn.BatchNorm1d(m.latent, affine=False))
+        *linear_bn(m.shape[0] * vector, hidden), nn.Linear(hidden, m.latent), nn.BatchNorm1d(m.latent, affine=False))
 
 def words_decoder(
     m: Modality,         # (32, V), one-hot
@@ -273,9 +273,7 @@ def words_decoder(
 ) -> nn.Module:          # from (B, m.latent)
     "Decoder to logits of words, with batch normalisation."
     return nn.Sequential(
-        nn.Linear(m.latent, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
-        nn.Linear(hidden, m.shape[0] * vector, bias=False), nn.BatchNorm1d(m.shape[0] * vector), nn.ReLU(),
-        nn.Unflatten(1, (m.shape[0], vector)), nn.Linear(vector, m.shape[1]))
+        *linear_bn(m.latent, hidden, m.shape[0] * vector), nn.Unflatten(1, (m.shape[0], vector)), nn.Linear(vector, m.shape[1]))
 
 register_architecture("words", words_encoder, words_decoder)
 

@@ -9,7 +9,6 @@ __all__ = ['TINTS', 'digits', 'photos', 'grounds', 'split_digits', 'crops', 'ove
 from functools import cache
 import numpy as np
 import torch
-from torch import Tensor
 from .. import autoencoders  # registers conv_bn and polymnist
 from .dataset import DataSet, Split, register_dataset
 from ..modality import Modality, lookup

@@ -9,12 +9,13 @@ __all__ = ['WINDOW', 'STEP', 'N_FFT', 'BANDS', 'FRAMES', 'WEIGHTS', 'waveforms',
 # %% ../../nbs/25_audio.ipynb #c187df98
 from functools import cache
 from pathlib import Path
-import hashlib, math
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
+from ..data.files import sha256_of
 from ..data.mhd import HOP, RATE, audio_of
 from ..denoiser import in_halves
 from .frechet import Moments
+from .inception import weights_folder
 from ..modality import Column
 from ..training import CorruptFile
 
@@ -76,7 +77,7 @@ WEIGHTS = "https://github.com/harritaylor/torchvggish/releases/download/v0.1/vgg
 
 def weights_path() -> Path:
     "Where VGGish's weights are expected."
-    return Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS.rpartition("/")[2]
+    return weights_folder() / WEIGHTS.rpartition("/")[2]
 
 def load_vggish(
     path: str | Path | None = None,   # a state dict whose name ends in the first digits of its SHA-256; by default `weights_path()`
@@ -84,7 +85,7 @@ def load_vggish(
     "VGGish with the published weights. `FileNotFoundError` says how to get them; `CorruptFile` when they are damaged or another network's."
     path = Path(path or weights_path()).absolute()
     if not path.exists(): raise FileNotFoundError(f"no weights of VGGish at {path}; get them with: curl -L --create-dirs -o {path} {WEIGHTS}")
-    with open(path, "rb") as f: found = hashlib.file_digest(f, "sha256").hexdigest()
+    found = sha256_of(path)
     if not found.startswith(wanted := path.stem.rpartition("-")[2]):
         raise CorruptFile(f"the SHA-256 of {path} begins with {found[:len(wanted)]}, expected {wanted}; delete it and get it again")
     with torch.device("meta"): network = VGGish()

@@ -14,6 +14,7 @@ import math
 import numpy as np, pandas as pd
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
+from ..autoencoders import linear_bn
 from ..denoiser import in_halves
 from ..modality import Column, Modality, to_unit
 from ..training import Training, train
@@ -25,12 +26,11 @@ class Classifier(nn.Module):
         super().__init__()
         self.modality, self.image = modality, len(modality.shape) == 3
         conv = lambda a, b: [nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
-        dense = lambda a, b: [nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU()]
         if self.image:
             channels, height, columns = modality.shape
             flat = 4 * width * math.ceil(height / 8) * math.ceil(columns / 8)
             body = [*conv(channels, width), *conv(width, 2 * width), *conv(2 * width, 4 * width), nn.Flatten(), nn.Dropout(.3)]
-        else: flat, body = 256, [nn.Flatten(), *dense(math.prod(modality.shape), 256)]
+        else: flat, body = 256, [nn.Flatten(), *linear_bn(math.prod(modality.shape), 256)]
         self.features = nn.Sequential(*body, nn.Linear(flat, n_features), nn.ReLU())
         self.head = nn.Linear(n_features, n_classes)
 

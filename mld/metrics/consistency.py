@@ -11,10 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 import pandas as pd
 import torch, torch.nn.functional as F
 from torch import Tensor
-from ..denoiser import in_halves
-from .coherence import Classifier, presentable, read
-from .frechet import Moments, frechet_distance
-from ..modality import Modality, lookup, split, subsets
+from .coherence import Classifier, read
+from .frechet import Moments, classifier_features, features_of, frechet_distance
+from ..modality import lookup, split, subsets
 from ..model import MLD, as_data
 
 # %% ../../nbs/27_consistency.ipynb #22934ab2
@@ -70,10 +69,8 @@ def features_by(
     classifiers: Mapping[str, Classifier],   # of the modalities that are wanted
 ) -> Callable:                               # a view
     "A view: classifier features of what is wanted, decoded."
-    @torch.no_grad()
     def view(model: MLD, z: Tensor, want: Sequence[str]) -> Tensor:
-        made = model.decode(z, want)
-        return torch.cat([in_halves(classifiers[k].features, presentable(classifiers[k], x)).flatten(1) for k, x in made.items()], 1)
+        return torch.cat([features_of(classifier_features(classifiers[k]), x) for k, x in model.decode(z, want).items()], 1)
     return view
 
 def classes_by(
