@@ -89,10 +89,10 @@ def fail(error: Exception) -> None:
 def list_tables() -> None:
     "Tables and studies, their data sets, presets and the time they take on two CPU cores."
     from mld.settings import PRESETS, TABLES
-    for table, datasets in TABLES.items():
-        typer.echo(table)
-        for dataset in datasets:
-            for name, preset in PRESETS[dataset].items(): typer.echo(f"  {dataset:<14} {name:<8} {preset.expect}")
+    for name, table in TABLES.items():
+        typer.echo(name)
+        for dataset in table.datasets:
+            for preset, its in PRESETS[dataset].items(): typer.echo(f"  {dataset:<14} {preset:<8} {its.expect}")
 
 @app.command()
 def run(
@@ -113,7 +113,7 @@ def run(
         from mld.stages import read_row_file
         chosen, own = dict(map(parse_setting, set_)), papermill.inspect_notebook(str(notebook))
         overrides = {k: v for k, v in chosen.items() if k not in own}
-        default = ast.literal_eval(own["datasets"]["default"]) if "datasets" in own else TABLES[table]
+        default = ast.literal_eval(own["datasets"]["default"]) if "datasets" in own else TABLES[table].datasets
         for dataset in chosen.get("datasets", default): settings_for(dataset, preset, overrides)
         folder = out.absolute() / table / f"{label(preset, overrides)}-seed{seed}"
     except (ValueError, FileNotFoundError) as e: fail(e)

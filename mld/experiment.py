@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['NET_SETTINGS', 'CONDITIONS', 'PARAMETERS', 'label', 'Setup', 'keep', 'Experiment', 'each', 'devices', 'make_stage',
-           'Encoded', 'Run', 'BaselineRun', 'make_run', 'parameters_in', 'open_run', 'reopen', 'Study']
+           'Encoded', 'Run', 'BaselineRun', 'make_run', 'runs_of', 'parameters_in', 'open_run', 'reopen', 'Study']
 
 # %% ../nbs/42_experiment.ipynb #062b5dfa
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
-import json, os, time
+import json, os, re, time
 import torch
 from torch import Tensor
 import mld
@@ -24,7 +24,7 @@ from .metrics.coherence import Classifier, fit_classifier
 from .modality import Modality, lookup, subsets
 from .model import MLD, encode_all
 from .nets import n_params
-from .settings import PROTOCOLS, Protocol, settings_for
+from .settings import PROTOCOLS, TABLES, Protocol, settings_for
 from .stages import Stage, key_of, run_stage, stage_file
 from .training import Training, atomic, side_by_side
 
@@ -51,13 +51,14 @@ class Setup:
         table: str = "",                   # that it belongs to; by default the data set's own
         variant: str = "",                 # what the table calls it
         vary: Mapping | None = None,       # the settings that make it this variant
+        source: str = "",                  # of the data: "paper", "open" or "embedded"; by default the preset's
     ):
         self.origin = {k: v for k, v in locals().items() if k not in ("self", "__class__")} | {"out": str(Path(out).absolute())}
-        self.settings = settings_for(dataset, preset, {**(overrides or {}), **(vary or {})})
+        self.settings = settings_for(dataset, preset, {**(overrides or {}), **(vary or {}), **({"source": source} if source else {})})
         self.table, self.variant, self.preset, self.seed = table or dataset, variant or "mld", label(preset, overrides), seed
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         self.stages = Path(out).absolute() / "stages"
-        case = [part for part in (dataset, variant) if part] if table else []
+        case = [re.sub(r"[^\w.+=]+", "_", part).strip("_") for part in (dataset if table else "", source, variant) if part]
         self.folder = Path(out).absolute() / self.table / "-".join([*case, self.preset, f"seed{seed}"])
         config = {"origin": self.origin, "settings": asdict(self.settings), "version": mld.__version__}
         with atomic(self.folder / "config.json") as part: part.write_text(json.dumps(config, indent=1))
@@ -413,6 +414,20 @@ def make_run(
     "The run of the model that the settings name."
     what = Run if settings_for(dataset, preset, {**(overrides or {}), **(vary or {})}).model == "mld" else BaselineRun
     return what(dataset, preset, overrides=overrides, vary=vary, **more)
+
+def runs_of(
+    table: str,                     # a name in `TABLES` with models of its own
+    models: Iterable[str] = (),     # some of them; all by default
+    seeds: Iterable[int] = (0,),
+    datasets: Iterable[str] = (),   # some of them; all by default
+    **more,                         # other arguments of `Setup`: preset, source, out...
+) -> list[Run | BaselineRun]:
+    "What a table is made of: every model on every data set with every seed."
+    spec = lookup("table", table, TABLES)
+    chosen = {name: lookup("model of this table", name, spec.models) for name in models or spec.models}
+    where = [lookup("data set of this table", name, {d: d for d in spec.datasets}) for name in datasets or spec.datasets]
+    return [make_run(dataset, table=table, variant=name, vary=vary, seed=seed, **more)
+            for dataset in where for name, vary in chosen.items() for seed in seeds]
 
 # %% ../nbs/42_experiment.ipynb #5bcab90a
 PARAMETERS = ("preset", "seed", "out", "device", "data", "overrides")  # what every table notebook takes
