@@ -113,10 +113,10 @@ def by_target(measure: Callable) -> Callable:
 
 METRICS: dict[str, tuple[str, Callable]] = {  # name -> look, (run, made, real, given) to {(metric, target): value}
     "coherence": ("classifier", coherence),
-    "energy": ("classifier", energy),
     "fmd": ("classifier", by_target(lambda real, made: {"fmd": frechet(real, made)})),
     "fmd_infinity": ("classifier", by_target(lambda real, made: {"fmd_infinity": frechet_at_infinity(real, made)})),
     "diversity": ("classifier", by_target(prdc)),
+    "energy": ("classifier", energy),
     "fid": ("inception", by_target(lambda real, made: {"fid": frechet(real, made)})),
     "kid": ("inception", by_target(lambda real, made: {"kid": kernel_distance(real, made)})),
     "fad": ("sound", by_target(lambda real, made: {"fad": frechet(real, made)})),
