@@ -18,10 +18,10 @@ from .autoencoders import Autoencoder, fit_autoencoder
 from .denoiser import BALANCES, DRAWS, Denoiser, hide_missing, in_halves
 from .guidance import Without
 from .modality import ARCHITECTURES, Column, Modality, check_batch, join, lookup, split, to_unit
-from .nets import NETS
-from .samplers import SAMPLERS
+from .nets import NETS, compiled, compiling_pays
+from .samplers import SAMPLERS, about_calls
 from .sde import PROCESSES, TIMES
-from .training import CorruptFile, Training, load_weights, save_weights, side_by_side, train
+from .training import CorruptFile, Training, autocast, load_weights, save_weights, side_by_side, train
 
 # %% ../nbs/08_model.ipynb #6d5577ae
 class MLD(nn.Module):
@@ -135,6 +135,24 @@ def decode(
         out[name] = torch.cat([in_halves(decoder, part) for part in raw[name].split(chunk)])
     return out
 
+# %% ../nbs/08_model.ipynb #c7e3a549
+@patch
+def network(
+    self: MLD,
+    rows: int,                  # of a batch
+    calls: int,                 # batches that will go through it
+    precision: str = "fp32",    # a name in `PRECISIONS`
+    compile: bool | None = None,  # first? By default where that pays
+) -> Callable:                  # (z_t, t) -> output, as the network
+    "The score network, in some precision and compiled where that pays; with gradients if they are enabled now."
+    net, grad = self.denoiser.net, torch.is_grad_enabled()
+    if compiling_pays(net, rows * calls, compile):
+        example = [torch.zeros(rows, k, device=self.device) for k in (len(self.mean), len(self.modalities))]
+        with autocast(precision, self.device): net = compiled(net, *example, dynamic=not grad)
+    def run(z_t, t):
+        with autocast(precision, self.device): return net(z_t, t).to(z_t.dtype)
+    return run
+
 # %% ../nbs/08_model.ipynb #f490dba4
 @patch
 def fit(
@@ -149,6 +167,7 @@ def fit(
     present: Tensor | None = None,      # what each sample has, bool (N, M); everything by default
     seed: int = 0,
     folder: str | Path | None = None,   # of checkpoints
+    compile: bool | None = None,        # the network? By default where that pays; nothing but time depends on it
     progress: bool = True,
 ) -> list[dict]:                        # losses
     "Train the score network on cached latents, of which some may be missing; the sum of its losses starts near D."
@@ -166,8 +185,9 @@ def fit(
         eps = torch.randn(batch["z"].shape, generator=generator, device=self.device)
         return dict(zip(self.names, self.denoiser.loss(batch["z"], t, eps, weight)))
     recipe = {**self.config, "draw": draw, "times": times, "p_joint": p_joint, "balance": balance}
-    return train(self.denoiser, loss, {"z": z, "present": present}, how, seed=seed, folder=folder, config=recipe, label="score network",
-                 progress=progress)
+    with self.denoiser.running(self.network(min(len(z), how.batch_size), how.steps, how.precision, compile)):
+        return train(self.denoiser, loss, {"z": z, "present": present}, how, seed=seed, folder=folder, config=recipe, label="score network",
+                     progress=progress)
 
 # %% ../nbs/08_model.ipynb #becd3c9d
 @patch
@@ -180,6 +200,8 @@ def sample(
     around: Callable | None = None,              # denoiser -> denoiser, such as `partial(Guidance, weight=.5)`
     sampler: str = "em",                         # a name in `SAMPLERS`
     seed: int = 0,
+    precision: str = "fp32",                     # of the network, a name in `PRECISIONS`; the walk itself is always in 32 bits
+    compile: bool | None = None,                 # the network? By default where that pays; nothing but time depends on it
     **options,                                   # of the sampler: steps, grid...
 ) -> Tensor:                                     # standardised latents, (n, D) or (B * n, D), condition by condition
     "Sample latents, jointly or given some modalities, whose latents come back as they are."
@@ -191,7 +213,9 @@ def sample(
     z = self.encode(given).repeat_interleave(n, 0) if given else torch.zeros(n, len(self.mean), device=self.device)
     known, missing = (torch.tensor([m in names for m in self.names], device=self.device) for names in (given, absent))
     denoiser = Without(self.denoiser, missing) if absent else self.denoiser
-    return walk(around(denoiser) if around else denoiser, z, known, generator=torch.Generator(self.device).manual_seed(seed), **options)
+    generator = torch.Generator(self.device).manual_seed(seed)
+    with torch.no_grad(), self.denoiser.running(self.network(len(z), about_calls(walk, options), precision, compile)):
+        return walk(around(denoiser) if around else denoiser, z, known, generator=generator, **options)
 
 @patch
 def generate(
@@ -200,7 +224,7 @@ def generate(
     given: Mapping[str, Tensor] | None = None,   # name -> (B, *shape), to condition on
     want: Sequence[str] | None = None,           # names; by default all that are not given
     alone: bool = False,                         # leave out what is neither given nor wanted, which is otherwise generated along
-    **options,                                   # of `sample`: sampler, steps, seed, around
+    **options,                                   # of `sample`: sampler, steps, seed, precision, around
 ) -> dict[str, Tensor]:                          # name -> (n or B * n, *shape)
     "Generate data, jointly or given some modalities."
     want = [m for m in self.names if m not in (given or {})] if want is None else want
