@@ -66,8 +66,9 @@ class Settings:
     ema: float = .999
     precision: str = "bf16"             # or "fp32"
     # sampling and measuring
-    samplers: dict = field(default_factory=lambda: {
-        "repaint": {"steps": 25, "length": 5, "passes": 4}, "em": {"steps": 50}, "dpm": {"steps": 20}})  # name -> its options
+    samplers: dict = field(default_factory=lambda: {  # name -> its options
+        "auto": {"sampler": "dpm_sde", "steps": 20, "autoguidance": .5, "interval": [.1, .6]}, "dpm_sde": {"steps": 20},
+        "repaint": {"steps": 25, "length": 5, "passes": 4}})
     n_joint: int = 1000                 # joint samples
     n_given: int = 1000                 # held-out conditions, each used for every subset
     given: list = field(default_factory=list)  # the subsets that are given, as lists of names; all of them by default
@@ -94,7 +95,7 @@ class Preset:
 LAPTOP = Settings()
 SMOKE = replace(
     LAPTOP, n_train=2000, n_val=200, n_test=200, ae_steps=60, ae_batch=64, clf_steps=60, width=128, time_width=64,
-    batch_size=256, steps=150, warmup=20, ema=.98, n_joint=100, n_given=50, samplers={"em": {"steps": 25}, "dpm": {"steps": 10}})
+    batch_size=256, steps=150, warmup=20, ema=.98, n_joint=100, n_given=50, samplers={"auto": {"sampler": "dpm_sde", "steps": 10, "autoguidance": .5, "interval": [.1, .6]}, "em": {"steps": 25}})
 PAPER = replace(
     LAPTOP, autoencoders="paper", ae_steps=93_600, ae_batch=128, ae_lr=1e-3, ae_cooldown=0., ae_precision="fp32", ae_noise=0.,
     width=1536, time_width=512, groups=32, predict="eps", draw="batch", times="uniform", p_joint=.8,
