@@ -653,6 +653,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mld.settings.Protocol': ('settings.html#protocol', 'mld/settings.py'),
                               'mld.settings.Settings': ('settings.html#settings', 'mld/settings.py'),
                               'mld.settings.Table': ('settings.html#table', 'mld/settings.py'),
+                              'mld.settings.at_length': ('settings.html#at_length', 'mld/settings.py'),
                               'mld.settings.budget': ('settings.html#budget', 'mld/settings.py'),
                               'mld.settings.compare_settings': ('settings.html#compare_settings', 'mld/settings.py'),
                               'mld.settings.presets': ('settings.html#presets', 'mld/settings.py'),
