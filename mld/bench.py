@@ -255,12 +255,12 @@ def growth_rows(
     rows, how = [], replace(run.training("score"), precision="fp32")
     sizes, args = [m.latent for m in run.data.modalities], run.pick("net", *NET_SETTINGS[run.settings.net])
     for thing, values in grow.items():
-        models = {v: bare_model((sizes * v)[:v] if thing == "modalities" else sizes, run.device, **{**args, **({"width": v} if thing == "width" else {})})
-                  for v in values}
+        shape = lambda v: (sizes * v)[:v] if thing == "modalities" else sizes
+        models = {v: bare_model(shape(v), run.device, **{**args, **({"width": v} if thing == "width" else {})}) for v in values}
         n = {v: v if thing in ("batch", "samples") else how.batch_size for v in values}
         for p in ("fp32", "bf16"):
             if thing == "samples": ms = {v: sampling_ms(models[v], {p: (p, False)}, v, "em", rounds)[p] for v in values}
-            else: ms = take_turns({v: stepper(models[v], replace(how, precision=p, batch_size=n[v]), n=max(4096, n[v])) for v in values}, rounds, run.device)
+            else: ms = take_turns({v: stepper(models[v], replace(how, precision=p, batch_size=n[v])) for v in values}, rounds, run.device)
             rows += [{"variant": p, "metric": "call ms" if thing == "samples" else "step ms", "target": f"{thing} {v}", "value": ms[v], "n": n[v],
                       "network_params": n_params(models[v].denoiser.net)} for v in values]
     return rows
@@ -281,7 +281,7 @@ def bench_rows(
     rows += [{"variant": "memory", "metric": "GB a second", "value": machine.bandwidth / 1e9}]
     rows += step_rows(run, machine, rounds, compile) + sampling_rows(run, n, rounds, compile) + growth_rows(run, grow, rounds)
     rows += [{"variant": "all of this", "metric": "peak MB", "value": peak_mb(run.device)}]
-    same = {"model": "MLD", "given": "", "target": "", "sampler": "", "nfe": 0, "n": 0, "network_params": 0, "train_steps": 0, "seconds": 0.}
+    same = {"model": "MLD", "given": "", "target": "all", "sampler": "", "nfe": 0, "n": 0, "network_params": 0, "train_steps": 0, "seconds": 0.}
     write_rows(run.folder / "rows.csv", pd.DataFrame([{**asked(run), **circumstances(run), **same, **row} for row in rows]))
     return read_row_file(run.folder / "rows.csv")
 
@@ -290,7 +290,7 @@ def step_table(
     rows: pd.DataFrame,  # from `bench_rows`, of one or more data sets
 ) -> pd.DataFrame:
     "Training steps: milliseconds, times faster than plain 32 bits, and the floor's share."
-    part = rows[rows.metric.isin(["step ms", "floor ms"]) & (rows.target == "")]
+    part = rows[rows.metric.isin(["step ms", "floor ms"]) & (rows.target == "all")]
     table = part.pivot_table("value", ["dataset", "network_params", "n", "variant"], "metric", sort=False)[["step ms", "floor ms"]]
     plain = table["step ms"].groupby(level=[0, 1, 2]).transform("first")
     return table.assign(faster=plain / table["step ms"], share=table["floor ms"] / table["step ms"]).round(2)
@@ -306,7 +306,7 @@ def growth_table(
     rows: pd.DataFrame,  # from `bench_rows`
 ) -> pd.DataFrame:
     "Milliseconds as one thing grows."
-    part = rows[rows.metric.isin(["step ms", "call ms"]) & (rows.target != "")]
+    part = rows[rows.metric.isin(["step ms", "call ms"]) & (rows.target != "all")]
     return part.pivot_table("value", ["dataset", "metric", "target"], "variant", sort=False).round(1)
 
 # %% ../nbs/46_bench.ipynb #7b0e64ce
