@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mld.bench import Machine, bench_rows, count_calls, floor_ms, step_table, step_work
-from mld.experiment import Run, Setup
+from mld.experiment import Setup, make_run
 from mld.guidance import Guidance
 from mld.modality import Modality, register_architecture
 from mld.model import MLD, fit_together
@@ -161,7 +161,7 @@ TOY = dict(n_train=500, n_val=60, n_test=60, width=32, groups=4, time_width=16, 
 
 def test_a_run_can_ask_for_samples_in_16_bits(tmp_path):
     ways = {"dpm": {"steps": 3}, "dpm bf16": {"sampler": "dpm", "steps": 3, "precision": "bf16"}}
-    run = Run("toy", out=tmp_path, overrides=TOY | {"samplers": ways}, device="cpu", progress=False)
+    run = make_run("toy", out=tmp_path, overrides=TOY | {"samplers": ways}, device="cpu", progress=False)
     given = run.data.names[:1]
     plain, rough = (run.samples(name, tuple(given)) for name in ways)
     mine = run.model.denoiser.owner == 0
