@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAMPLINGS', 'WAYS', 'GROW', 'clock', 'take_turns', 'Machine', 'measure_machine', 'step_work', 'floor_ms',
            'bare_model', 'stepper', 'Tuples', 'published_stepper', 'together_stepper', 'count_calls', 'walk',
-           'sampling_ms', 'peak_mb', 'new_model', 'step_rows', 'sampling_rows', 'growth_rows', 'bench_rows',
+           'sampling_ms', 'ways_on', 'peak_mb', 'new_model', 'step_rows', 'sampling_rows', 'growth_rows', 'bench_rows',
            'step_table', 'sampling_table', 'growth_table', 'show_roofline']
 
 # %% ../nbs/46_bench.ipynb #6d89e4f1
@@ -108,10 +108,11 @@ def stepper(
     model: MLD,
     how: Training,         # precision, batch size and the rest
     compile: bool = False, # the network?
+    mode: str = "default", # of compiling
     n: int = 4096,         # latents that a batch is taken from
 ) -> Callable:
     "One step of training the score network, as `MLD.fit` makes it."
-    run, batch = model.network(how.batch_size, 0, how.precision, compile), {
+    run, batch = model.network(how.batch_size, 0, how.precision, compile, mode), {
         "z": torch.randn(n, len(model.mean), device=model.device),
         "present": torch.ones(n, len(model.modalities), dtype=torch.bool, device=model.device)}
     trainer, index = Trainer(model.denoiser, model.score_loss(), batch, how), batches(n, how.batch_size, 0)
@@ -184,21 +185,29 @@ def walk(
 
 def sampling_ms(
     model: MLD,
-    ways: Mapping[str, tuple[str, bool]],  # name -> precision, compiled?
-    n: int,                                # samples at a time
+    ways: Mapping[str, tuple],  # name -> precision, compiled?, and in which mode
+    n: int,                     # samples at a time
     sampler: str,
     rounds: int,
-) -> dict[str, float]:                     # name -> milliseconds a network call, the sampler's own work included
+) -> dict[str, float]:          # name -> milliseconds a network call, the sampler's own work included
     "What a call costs on average, from short walks."
     short = {"steps": 4, **({"length": 2, "passes": 2} if sampler == "repaint" else {})}
-    with torch.no_grad(): runs = {name: model.network(n, 0, precision, compile) for name, (precision, compile) in ways.items()}
+    with torch.no_grad(): runs = {name: model.network(n, 0, *way) for name, way in ways.items()}
     def go(run):
         with model.denoiser.running(run): walk(model.denoiser, sampler, n, short)
     calls = count_calls(model, sampler, short)
     return {name: ms / calls for name, ms in take_turns({name: lambda run=run: go(run) for name, run in runs.items()}, rounds, model.device).items()}
 
 # %% ../nbs/46_bench.ipynb #d821218a
-WAYS = {"fp32": ("fp32", False), "bf16": ("bf16", False), "bf16, compiled": ("bf16", True)}  # variant -> precision, compiled?
+WAYS = {  # variant -> precision, compiled?, and in which mode
+    "fp32": ("fp32", False), "bf16": ("bf16", False), "bf16, compiled": ("bf16", True), "bf16, CUDA graphs": ("bf16", True, "reduce-overhead")}
+
+def ways_on(
+    device: torch.device,
+    compile: bool,  # those that are compiled, too?
+) -> dict[str, tuple]:
+    "The ways that can be gone on a device."
+    return {name: way for name, way in WAYS.items() if (compile or not way[1]) and (device.type == "cuda" or "CUDA" not in name)}
 
 def peak_mb(
     device: torch.device,
@@ -219,8 +228,7 @@ def step_rows(
 ) -> list[dict]:
     "Milliseconds of a training step in every way, and the least they could take."
     how = replace(run.training("score"), precision="fp32")
-    ways = {name: way for name, way in WAYS.items() if compile or not way[1]}
-    steps = {name: stepper(new_model(run), replace(how, precision=p), c) for name, (p, c) in ways.items()}
+    steps = {name: stepper(new_model(run), replace(how, precision=p), *c) for name, (p, *c) in ways_on(run.device, compile).items()}
     steps["as published"] = published_stepper(new_model(run), run.data.train, how)
     steps[f"fp32, {seeds} seeds"] = together_stepper([new_model(run) for _ in range(seeds)], how)
     params, ms = n_params(new_model(run).denoiser.net), take_turns(steps, rounds, run.device)
@@ -237,8 +245,7 @@ def sampling_rows(
     compile: bool,
 ) -> list[dict]:
     "Samples a second of every sampler in every way."
-    model, rows = new_model(run), []
-    ways = {name: way for name, way in WAYS.items() if compile or not way[1]}
+    model, ways, rows = new_model(run), ways_on(run.device, compile), []
     for sampler, options in SAMPLINGS.items():
         calls, ms = count_calls(model, sampler, options), sampling_ms(model, ways, n, sampler, rounds)
         same = {"n": n, "network_params": n_params(model.denoiser.net), "sampler": sampler, "nfe": calls}

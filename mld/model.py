@@ -146,12 +146,13 @@ def network(
     calls: int,                 # batches that will go through it
     precision: str = "fp32",    # a name in `PRECISIONS`
     compile: bool | None = None,  # first? By default where that pays
+    mode: str = "default",      # of compiling, see `compiled`
 ) -> Callable:                  # (z_t, t) -> output, as the network
     "The score network, in some precision and compiled where that pays; with gradients if they are enabled now."
     net, grad = self.denoiser.net, torch.is_grad_enabled()
     if compiling_pays(net, rows * calls, compile):
         example = [torch.zeros(rows, k, device=self.device) for k in (len(self.mean), len(self.modalities))]
-        with autocast(precision, self.device): net = compiled(net, *example, dynamic=not grad)
+        with autocast(precision, self.device): net = compiled(net, *example, dynamic=not grad and mode == "default", mode=mode)
     def run(z_t, t):
         with autocast(precision, self.device): return net(z_t, t).to(z_t.dtype)
     return run

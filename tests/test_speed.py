@@ -137,6 +137,16 @@ def test_without_a_compiler_everything_goes_on_as_it_is(root, tmp_path):
     assert done.stdout.count("the network is not compiled") >= 1, done.stdout
 
 
+def test_a_mode_of_compiling_changes_no_number():
+    "The mode that makes CUDA graphs on a GPU; elsewhere it makes none, and what comes out is still a copy."
+    net, x = nn.Sequential(nn.Linear(3, 4), nn.SiLU()), torch.randn(5, 3)
+    with torch.no_grad():
+        fast = compiled(net, x, mode="reduce-overhead")
+        first, second = fast(x), fast(2 * x)
+        torch.testing.assert_close(first, net(x)), torch.testing.assert_close(second, net(2 * x))
+    assert fast is not net
+
+
 def test_compiling_is_for_long_work_and_the_environment_may_decide(monkeypatch):
     net = nn.Linear(1000, 1000)
     monkeypatch.delenv("MLD_COMPILE", raising=False)
