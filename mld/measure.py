@@ -223,10 +223,11 @@ PUBLISHED = ("fid", "fad", "clip")  # metrics of the paper that need the network
 
 def measurable(
     run: Experiment,
+    metrics: Iterable[str] = PUBLISHED,  # names in `METRICS`
 ) -> tuple[list[str], list[str]]:
-    "Of the metrics of a run's settings and the `PUBLISHED` ones: those that suit its data and can be measured here; and why others that suit it cannot."
+    "Those that suit the run's data and can be measured here; and of others that suit it why they cannot."
     here, missing = [], []
-    for name in dict.fromkeys((*run.settings.metrics, *PUBLISHED)):
+    for name in metrics:
         try: here += [name] if LOOKS[lookup("metric", name, METRICS)[0]](run) else []
         except (FileNotFoundError, ValueError) as e: missing.append(f"{name}, not run here: {e}")
     return here, missing
@@ -235,10 +236,10 @@ def all_rows_of(
     run: Run | BaselineRun,
 ) -> pd.DataFrame:  # columns of `ROW`
     "Every number of a run that can be measured here."
-    here, own = measurable(run)[0], run.settings.metrics
-    parts = [[m for m in here if m in own], [m for m in here if m not in own]]
-    rows = [rows_of(run, () if part == own else part) for part in parts if part]
-    if not rows: raise ValueError(f"nothing in {run.data.name} can be measured here:\n" + "\n".join(measurable(run)[1]))
+    own = run.settings.metrics
+    (mine, why), (more, missing) = measurable(run, own), measurable(run, [m for m in PUBLISHED if m not in own])
+    rows = [rows_of(run, () if part == own else part) for part in (mine, more) if part]
+    if not rows: raise ValueError("\n".join([f"nothing in {run.data.name} can be measured here", *why, *missing]))
     return pd.concat(rows, ignore_index=True).drop_duplicates(["model", "metric", "given", "target", "sampler"], ignore_index=True)
 
 # %% ../nbs/43_measure.ipynb #fc074f1c
