@@ -6,22 +6,24 @@
 __all__ = ['BOUNDS', 'LINE', 'FRACTIONS', 'COMMITTED', 'VIEWS', 'PARTS', 'RESULT', 'STANDING', 'read_rows', 'how_many', 'by_case',
            'in_percent', 'spread', 'result_table', 'intervals', 'reconstruction_table', 'tables_of', 'paper_values',
            'beside_paper', 'titled', 'arranged', 'bounds_table', 'cost_table', 'sections', 'published', 'show_losses',
-           'histories', 'autoencoder_histories', 'show_data', 'show_reconstructions', 'show_joint', 'show_cross',
-           'show_failures', 'show_least', 'caption_table', 'show_front', 'show_by_given', 'show_by_variant',
-           'show_cost', 'show_noised', 'training_table', 'latent_table', 'model_settings']
+           'histories', 'autoencoder_histories', 'draw', 'show_data', 'show_reconstructions', 'show_joint',
+           'show_cross', 'show_failures', 'show_least', 'caption_table', 'show_front', 'show_by_given',
+           'show_by_variant', 'show_cost', 'show_noised', 'training_table', 'latent_table', 'model_settings']
 
 # %% ../nbs/44_report.ipynb #d2766746
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 import pandas as pd
 import torch
+from torch import Tensor
 import mld
 from .data.dataset import SOURCES, show_tuples
 from .experiment import BaselineRun, Encoded, Run
 from .measure import f1_of_each, names_look
 from .metrics.coherence import read, wilson
 from .metrics.text import sentences
+from .modality import Modality
 from .stages import ROW, read_row_file
 
 # %% ../nbs/44_report.ipynb #be0f2a4f
@@ -167,12 +169,12 @@ def bounds_table(
     metrics = [*PARTS["coherence"], *PARTS["quality"]]
     part = in_percent(rows[rows.model.isin(BOUNDS) & rows.metric.isin(metrics)]).sort_values("metric", key=lambda m: m.map(metrics.index), kind="stable")
     views = part.dataset.isin(VIEWS).all()
-    part = part.assign(model=part.model.mask(part.model == "reconstruction", "reconstruction, " + part.variant),
-                       target=part.target.mask(views & (part.target != "joint"), "each"))
-    table = part.pivot_table("value", "model", ["metric", "target"], sort=False).map(lambda v: "" if pd.isna(v) else f"{v:.1f}")
-    same = table.assign(names=table.index.str.removeprefix("reconstruction, ")).groupby([*table.columns], sort=False).names.agg(", ".join)
-    names = same.map(lambda n: "real data" if n == "real" else f"reconstruction, {n}")
-    return names.rename("model").reset_index().set_index("model").set_axis(table.columns, axis=1)
+    part = part.assign(variant=part.variant.mask(part.model == "real", "real data"), target=part.target.mask(views & (part.target != "joint"), "each"))
+    table = part.pivot_table("value", "variant", ["metric", "target"], sort=False).map(lambda v: "" if pd.isna(v) else f"{v:.1f}")
+    alike = {}
+    for name, values in zip(table.index, table.to_numpy().tolist()): alike.setdefault(tuple(values), []).append(name)
+    names = [", ".join(same) if "real data" in same else f"reconstruction, {', '.join(same)}" for same in alike.values()]
+    return pd.DataFrame([*alike], index=pd.Index(names, name="model"), columns=table.columns)
 
 def cost_table(
     rows: pd.DataFrame,  # of one table, data set, source and preset
@@ -239,12 +241,22 @@ def autoencoder_histories(
     "What training each autoencoder lost; VAEs have none of their own."
     return {f"{name}, {run.settings.dataset}": stage.info["history"] for run in runs if isinstance(run, Encoded) for name, stage in run.autoencoder_stages.items()}
 
+def draw(
+    batch: Mapping[str, Tensor],      # name -> (N, *shape)
+    modalities: Sequence[Modality],   # rows
+    n: int,                           # columns
+    titles: Sequence | None = None,   # of the columns
+    width: float = 12.6,              # inches
+):
+    "Tuples across the page: the fewer, the larger. Returns the axes."
+    return show_tuples(batch, modalities, n, titles=titles, size=width / n)
+
 def show_data(
     run: Encoded | BaselineRun,
     n: int = 12,   # columns
 ):
     "Held-out tuples, with their class where they have one; returns the axes."
-    return show_tuples(run.conditions(), run.data.modalities, n, titles=run.labels[:n].tolist() if run.has_classes else None)
+    return draw(run.conditions(), run.data.modalities, n, titles=run.labels[:n].tolist() if run.has_classes else None)
 
 def show_reconstructions(
     run: Encoded | BaselineRun,
@@ -253,7 +265,7 @@ def show_reconstructions(
     "Held-out data above, its reconstruction below, for each modality; returns the axes."
     batch, back = run.conditions(), run.reconstructions(n)
     pairs = {k: x for name in run.data.names for k, x in ((name, batch[name]), (f"{name} back", back[name]))}
-    return show_tuples(pairs, [replace(m, name=k) for m in run.data.modalities for k in (m.name, f"{m.name} back")], n)
+    return draw(pairs, [replace(m, name=k) for m in run.data.modalities for k in (m.name, f"{m.name} back")], n)
 
 def show_joint(
     run: Run | BaselineRun,
@@ -261,7 +273,7 @@ def show_joint(
     n: int = 12,   # columns
 ):
     "Joint samples, one a column; returns the axes."
-    return show_tuples(run.generated(sampler, n=n), run.data.modalities, n)
+    return draw(run.generated(sampler, n=n), run.data.modalities, n)
 
 def show_cross(
     run: Run | BaselineRun,
@@ -272,7 +284,7 @@ def show_cross(
     "Above, what was given; below, what was made of it; returns the axes."
     made = run.generated(sampler, (given,), n)
     first = replace(next(m for m in run.data.modalities if m.name == given), name=f"given {given}")
-    return show_tuples({first.name: run.conditions([given])[given], **made},
+    return draw({first.name: run.conditions([given])[given], **made},
                        [first, *(m for m in run.data.modalities if m.name != given)], n, titles=run.labels[:n].tolist() if run.has_classes else None)
 
 def show_failures(
@@ -286,7 +298,7 @@ def show_failures(
     bad = (seen != seen[0]).any(0).nonzero().flatten()[:n]
     if not len(bad): bad = torch.arange(min(n, seen.shape[1]))
     titles = [" ".join(map(str, c)) for c in seen[:, bad].T.tolist()]
-    return show_tuples({k: x[bad] for k, x in batch.items()}, run.data.modalities, n, titles=titles)
+    return draw({k: x[bad] for k, x in batch.items()}, run.data.modalities, n, titles=titles)
 
 def show_least(
     run: Run | BaselineRun,
@@ -299,7 +311,7 @@ def show_least(
     scores = torch.stack([*f1_of_each(run, {k: looks[k](x).cpu() for k, x in made.items() if k in looks}).values()]).mean(0)
     least = scores.argsort()[:n]
     first = replace(next(m for m in run.data.modalities if m.name == given), name=f"given {given}")
-    return show_tuples({first.name: run.conditions([given])[given][least], **{k: x[least.to(x.device)] for k, x in made.items()}},
+    return draw({first.name: run.conditions([given])[given][least], **{k: x[least.to(x.device)] for k, x in made.items()}},
                        [first, *run.data.modalities], n, titles=[f"{v:.2f}" for v in scores[least].tolist()])
 
 def caption_table(
@@ -319,13 +331,16 @@ def show_front(
     case: str = "joint",  # or how many modalities were given: "1 given"
 ):
     "One metric against another, a point a model and sampler, the mean over seeds, with bars of one standard deviation. Returns the axes."
+    import seaborn as sns
     from matplotlib import pyplot as plt
     cases = by_case(in_percent(titled(rows)).assign(variant="")).reset_index()
     points = cases[LINE].droplevel(1, axis=1).assign(x=cases["nfe"] if x == "nfe" else cases[x, case], y=cases[y, case]).dropna()
-    labels = [c for c in LINE[:-1] if points[c].nunique() > 1] or ["sampler"]
-    ax = plt.subplots(figsize=(5, 3.4))[1]
-    for name, part in points.groupby(labels, sort=False):
-        ax.errorbar(part.x.mean(), part.y.mean(), xerr=part.x.std(), yerr=part.y.std(), fmt="o", ms=4, lw=.8, label=", ".join(map(str, name)))
+    if points.dataset.nunique() > 1: points["model"] += ", " + points.dataset
+    groups = points.groupby(["model", "sampler"], sort=False)[["x", "y"]]
+    mean, std, ax = groups.mean().reset_index(), groups.std().fillna(0), plt.subplots(figsize=(5, 3.4))[1]
+    ax.errorbar(mean.x, mean.y, xerr=std.x, yerr=std.y, fmt="none", lw=.8, ecolor="gray", zorder=0)
+    many = mean.model.nunique() > 1
+    sns.scatterplot(mean, x="x", y="y", hue="model" if many else "sampler", style="sampler" if many and mean.sampler.nunique() > 1 else None, ax=ax)
     ax.set(xlabel="network calls" if x == "nfe" else x, ylabel=f"{y}, {case}", xscale="log" if x == "nfe" else "linear")
     ax.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, .5))
     return ax
