@@ -6,17 +6,18 @@
 __all__ = ['TITLE', 'TEXT', 'FRAME', 'column_name', 'markdown_table', 'command', 'provenance', 'draw_plots', 'links',
            'table_page', 'page_of', 'write_pages']
 
-# %% ../nbs/45_page.ipynb #37180f13
+# %% ../nbs/45_page.ipynb #0aced479
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 import pandas as pd
 from .experiment import keep, plain
-from .report import PARTS, paper_values, read_rows, sections, show_by_given, show_front, standing, titled
+from .report import PARTS, how_many, paper_values, read_rows, sections, show_by_given, show_front, standing, titled
 from .settings import TABLES
 from .stages import read_row_file
 from .training import atomic
 
-# %% ../nbs/45_page.ipynb #6697c91c
+# %% ../nbs/45_page.ipynb #16be0f4c
 def column_name(metric: str, target: str = "", given: str = "") -> str:
     "What a column shows, in words."
     return f"{metric}, {target} given {given}" if given not in ("", "joint") else ", ".join(part for part in (metric, target, given) if part)
@@ -28,7 +29,7 @@ def markdown_table(table: pd.DataFrame) -> str:
     line = lambda cells: "| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |"
     return "\n".join([line(map(join, flat.columns)), line(["---"] * flat.shape[1]), *map(line, flat.fillna("").to_numpy())])
 
-# %% ../nbs/45_page.ipynb #3d4d1c8e
+# %% ../nbs/45_page.ipynb #1d1bd872
 def command(
     table: str,
     dataset: str,
@@ -58,7 +59,7 @@ def provenance(
     groups = {key: line(key, part) for key, part in rows.groupby(keys, sort=False)}
     return pd.DataFrame(groups.values(), index=pd.MultiIndex.from_tuples(groups, names=keys))
 
-# %% ../nbs/45_page.ipynb #6102bb38
+# %% ../nbs/45_page.ipynb #a3db88f8
 def draw_plots(
     rows: pd.DataFrame,  # of one table
     root: Path,          # into whose `figures` they go
@@ -68,13 +69,13 @@ def draw_plots(
     from matplotlib import pyplot as plt
     paths = []
     for key, part in titled(rows).groupby(["table", "dataset", "source", "preset"], sort=False):
-        there = set(part[part.given == ""].metric)
-        distance = next((m for m in PARTS["quality"] if m in there), None)
-        plots = {}
-        if distance and "coherence" in there and part.groupby(["model", "sampler"]).ngroups > 1:
-            plots |= {"joint": lambda: show_front(part, distance), "one_given": lambda: show_front(part, distance, case="1 given")}
-        if distance and part.nfe.nunique() > 1: plots["calls"] = lambda: show_front(part, "nfe", distance)
-        if part[part.metric == "coherence"].given.nunique() > 1: plots["given"] = lambda: show_by_given(part)
+        there, plots = set(zip(part.metric, how_many(part.given))), {}
+        distance = next((m for m in PARTS["quality"] if (m, "joint") in there), None)
+        for case in ("joint", "1 given"):
+            if {(distance, case), ("coherence", case)} <= there and part.groupby(["model", "sampler"]).ngroups > 1:
+                plots[case] = partial(show_front, part, distance, case=case)
+        if distance and part.nfe.nunique() > 1: plots["calls"] = partial(show_front, part, "nfe", distance)
+        if part[part.metric == "coherence"].given.nunique() > 1: plots["by number given"] = partial(show_by_given, part)
         for what, draw in plots.items():
             with sns.axes_style("whitegrid"): axes = draw()
             axes.set_title(f"{key[0]}: {standing(*key[1:3])}, {key[3]}", fontsize=8)
@@ -84,7 +85,7 @@ def draw_plots(
             paths.append(root / "figures" / f"{name}.png")
     return paths
 
-# %% ../nbs/45_page.ipynb #f300b751
+# %% ../nbs/45_page.ipynb #5e8e5be6
 TITLE = "# Results"
 TEXT = """Written by `mld report --write` from the rows below this folder; every number is in a CSV file with how it was made. Mean ± standard deviation over seeds; fractions in percent, distances smaller when better; `nfe` is the number of network calls of a sample.
 Numbers measured on a stand-in are no reproduction of the paper's and are not compared with them. † marks values of the paper that have not been checked against its PDF."""
@@ -126,7 +127,7 @@ def page_of(
     contents = ", ".join(f"[{b[3:]}](#{b[3:]})" for b in blocks if b.startswith("## "))
     return "\n\n".join(b for b in [TITLE, TEXT, contents, *blocks, "## Without numbers", f"No rows yet: {', '.join(missing) or 'none'}."] if b) + "\n"
 
-# %% ../nbs/45_page.ipynb #91909ab0
+# %% ../nbs/45_page.ipynb #4074cb77
 FRAME = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>mld: results</title>
 <style>

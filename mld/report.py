@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['BOUNDS', 'LINE', 'FRACTIONS', 'COMMITTED', 'VIEWS', 'PARTS', 'RESULT', 'read_rows', 'how_many', 'by_case',
            'in_percent', 'spread', 'result_table', 'intervals', 'reconstruction_table', 'tables_of', 'paper_values',
-           'beside_paper', 'titled', 'calls', 'arranged', 'bounds_table', 'cost_table', 'standing', 'sections',
-           'published', 'show_losses', 'histories', 'autoencoder_histories', 'draw', 'show_data',
-           'show_reconstructions', 'show_joint', 'show_cross', 'show_failures', 'show_least', 'caption_table',
-           'show_front', 'show_by_given', 'show_by_variant', 'show_cost', 'show_noised', 'training_table',
-           'latent_table', 'model_settings']
+           'beside_paper', 'titled', 'calls', 'by_subset', 'by_number', 'arranged', 'in_order', 'bounds_table',
+           'cost_table', 'standing', 'sections', 'published', 'show_losses', 'histories', 'autoencoder_histories',
+           'draw', 'show_data', 'show_reconstructions', 'show_joint', 'show_cross', 'show_failures', 'show_least',
+           'caption_table', 'show_front', 'show_by_given', 'show_by_variant', 'show_cost', 'show_noised',
+           'training_table', 'latent_table', 'model_settings']
 
 # %% ../nbs/44_report.ipynb #d2766746
 from collections.abc import Callable, Mapping, Sequence
@@ -151,21 +151,29 @@ def calls(rows: pd.DataFrame) -> pd.Series:
     "Network calls of each row's model and sampler, from the fewest to the most: guidance needs more where something is given."
     return rows.groupby(["model", "sampler"]).nfe.transform(lambda nfe: str(nfe.min()) if nfe.nunique() == 1 else f"{nfe.min()} to {nfe.max()}")
 
+def by_subset(rows: pd.DataFrame) -> pd.DataFrame:  # index as the rows', columns metric, target, given
+    "The column of a number: its metric, what was made, and what of."
+    return rows[["metric", "target"]].assign(given=rows.given.mask(rows.given == "", "joint").mask(rows.target == "joint", ""))
+
+def by_number(rows: pd.DataFrame) -> pd.DataFrame:  # index as the rows', columns metric, given
+    "The column of a number: its metric, and how much was given; targets and subsets are averaged."
+    return rows[["metric"]].assign(given=how_many(rows.given))
+
 def arranged(
-    rows: pd.DataFrame,        # with metric, target and given
-    metrics: Sequence[str],
-    values: str = "value",     # the column that is shown
-    lines: Sequence[str] = ("model", "sampler", "nfe"),
-    show: Callable = lambda values: spread(values),
-) -> pd.DataFrame:             # columns (metric, target, given), or of views (metric, given)
-    "A line a model and sampler, a column for each thing that was made of something."
-    views = rows.dataset.isin(VIEWS).all()
-    if "nfe" in lines: rows = rows.assign(nfe=calls(rows))
-    rows = rows.assign(given=how_many(rows.given) if views else rows.given.mask(rows.given == "", "joint").mask(rows.target == "joint", ""))
-    by, targets = ["metric", "given"] if views else ["metric", "target", "given"], [*rows.target.unique()]
-    rank = lambda c: (metrics.index(c[0]), 0 if views else (c[1] != "joint", targets.index(c[1])), c[-1] not in ("", "joint"), c[-1].count(","), c[-1])
-    each = rows.groupby([*lines, *(["seed"] if "seed" in rows else []), *by], sort=False)[values].agg("mean" if values == "value" else "first")
-    table = each.groupby(level=[*lines, *by], sort=False).agg(show).unstack(by, fill_value="", sort=False)
+    rows: pd.DataFrame,              # of what was generated, from `titled`
+    metrics: Sequence[str],          # that are shown, in this order
+    columns: Callable = by_subset,   # or `by_number`
+) -> pd.DataFrame:                   # a line a model and sampler
+    "Numbers side by side: mean ± standard deviation over seeds, fractions in percent."
+    rows = in_percent(rows[rows.metric.isin(metrics)])
+    rows, where = rows.assign(nfe=calls(rows)), columns(rows)
+    lines, by = ["model", "sampler", "nfe"], [*where]
+    each = rows[[*lines, "seed", "value"]].join(where).groupby([*lines, "seed", *by], sort=False).value.mean()
+    return in_order(each.groupby(level=[*lines, *by], sort=False).agg(spread).unstack(by, fill_value="", sort=False), metrics)
+
+def in_order(table: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
+    "Columns by metric, then target, then how much was given; joint ones first."
+    rank = lambda c: (metrics.index(c[0]), *((part not in ("", "joint"), part.count(","), part) for part in c[1:]))
     return table[sorted(table.columns, key=rank)]
 
 def bounds_table(
@@ -209,7 +217,8 @@ def sections(
     order = sorted(rows.groupby(["source", "dataset", "preset"], sort=False), key=lambda group: SOURCES.index(group[0][0]))
     for (source, dataset, preset), part in order:
         kind, made = f"{standing(dataset, source)}, {preset}", titled(part)
-        tables = {name: arranged(in_percent(made[made.metric.isin(metrics)]), metrics) for name, metrics in PARTS.items() if made.metric.isin(metrics).any()}
+        few = {name: by_number if dataset in VIEWS or name == "diversity" else by_subset for name in PARTS}
+        tables = {name: arranged(made, metrics, few[name]) for name, metrics in PARTS.items() if made.metric.isin(metrics).any()}
         if source == "paper" and paper is not None: tables["beside the paper"] = beside_paper(part, paper)
         tables |= {"ceilings and floors": bounds_table(part), "cost": cost_table(part)} if len(made) else {"reconstruction": reconstruction_table(part)}
         out += [(f"{name}: {kind}", table) for name, table in tables.items() if len(table) and (not only or name in only)]
@@ -220,8 +229,9 @@ def published(
     paper: pd.DataFrame,  # from `paper_values`
 ) -> pd.DataFrame:        # one line a model
     "The paper's numbers, arranged as ours are."
-    metrics = [*paper.metric.unique()]
-    return arranged(paper.assign(dataset=""), metrics, "paper", ["model"], show="first")
+    where = by_subset(paper)
+    each = paper[["model", "paper"]].join(where).set_index(["model", *where]).paper
+    return in_order(each.unstack([*where], fill_value="", sort=False), [*dict.fromkeys(where.metric)])
 
 # %% ../nbs/44_report.ipynb #eda3ad5b
 def show_losses(
@@ -259,7 +269,9 @@ def draw(
     width: float = 12.6,              # inches
 ):
     "Tuples across the page: the fewer, the larger. Returns the axes."
-    return show_tuples(batch, modalities, n, titles=titles, size=width / n)
+    axes = show_tuples(batch, modalities, n, titles=titles, size=width / n)
+    for ax in axes[:, 0]: ax.yaxis.label.set_size(8)
+    return axes
 
 def show_data(
     run: Encoded | BaselineRun,
