@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DRAWS', 'PREDICTIONS', 'BALANCES', 'draw_given', 'draw_per_batch', 'draw_per_sample', 'draw_unconditional',
-           'draw_independent', 'draw_with_absent', 'draw_partition', 'hide_missing', 'Prediction', 'in_halves',
-           'Denoiser']
+           'draw_independent', 'draw_with_absent', 'draw_partition', 'draw_task', 'hide_missing', 'Prediction',
+           'in_halves', 'Denoiser']
 
 # %% ../nbs/04_denoiser.ipynb #a9fc24d6
 from collections.abc import Callable, Sequence
@@ -105,6 +105,16 @@ def draw_partition(
 
 DRAWS: dict[str, Callable] = {"batch": draw_per_batch, "sample": draw_per_sample, "uni": draw_independent, "inpaint": draw_unconditional,
                               "absent": draw_with_absent, "partition": draw_partition}
+
+# %% ../nbs/04_denoiser.ipynb #f3c860a0
+def draw_task(
+    n: int,
+    given: Tensor,               # bool (M,), True = given
+    times: Callable,
+    generator: torch.Generator,
+) -> Tensor:                     # (n, M), 0 = given
+    "The same modalities given in every sample."
+    return torch.where(given.to(generator.device), 0., times(n, generator)[:, None])
 
 # %% ../nbs/04_denoiser.ipynb #ded411eb
 def hide_missing(

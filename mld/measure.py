@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LOOKS', 'METRICS', 'PAIRED', 'PUBLISHED', 'NOISED', 'asked', 'circumstances', 'rows_stage', 'classifier_look',
            'inception_look', 'sound_look', 'names_look', 'clip_look', 'coherence', 'f1_of_each', 'agreement',
-           'caption_fit', 'frechet', 'by_target', 'Judge', 'measure_bounds', 'measure_samples', 'measure_cost',
-           'rows_of', 'measurable', 'all_rows_of', 'spread_rows', 'accuracy', 'reconstruction_rows',
+           'caption_fit', 'frechet', 'energy', 'by_target', 'Judge', 'measure_bounds', 'measure_samples',
+           'measure_cost', 'rows_of', 'measurable', 'all_rows_of', 'spread_rows', 'accuracy', 'reconstruction_rows',
            'measure_autoencoders', 'autoencoder_rows']
 
 # %% ../nbs/43_measure.ipynb #c3bcbae5
@@ -29,7 +29,8 @@ from .metrics.text import load_clip, named, sentences
 from .modality import Modality, lookup, owners, split, to_unit
 from .model import as_data
 from .nets import n_params
-from .stages import ROW, commit, device_name, read_row_file, run_stage, write_rows
+from .stages import commit, device_name, read_row_file, run_stage, write_rows
+from .toy import energy_distance
 
 # %% ../nbs/43_measure.ipynb #0aed47cf
 def asked(
@@ -120,6 +121,11 @@ def caption_fit(run: Experiment, made: Mapping, real: Mapping, given: bool) -> d
 
 def frechet(real: Tensor, made: Tensor) -> float: return frechet_distance(Moments([made]), Moments([real]))
 
+def energy(run: Experiment, made: Mapping, real: Mapping, given: bool) -> dict:
+    "Energy distance of all that was made together to the test data; near zero for equal laws."
+    together = lambda seen: torch.cat([seen[name][:2000].flatten(1) for name in made], 1)
+    return {("energy", "all"): energy_distance(together(made), together(real))}
+
 def by_target(measure: Callable) -> Callable:
     "A metric from a function of two sets of features, real and made, that returns values by name."
     def metric(run: Experiment, made: Mapping, real: Mapping, given: bool) -> dict:
@@ -131,6 +137,7 @@ METRICS: dict[str, tuple[str, Callable]] = {  # name -> look, (run, made, real, 
     "fmd": ("classifier", by_target(lambda real, made: {"fmd": frechet(real, made)})),
     "fmd_infinity": ("classifier", by_target(lambda real, made: {"fmd_infinity": frechet_at_infinity(real, made)})),
     "diversity": ("classifier", by_target(prdc)),
+    "energy": ("classifier", energy),
     "fid": ("inception", by_target(lambda real, made: {"fid": frechet(real, made)})),
     "kid": ("inception", by_target(lambda real, made: {"kid": kernel_distance(real, made)})),
     "fad": ("sound", by_target(lambda real, made: {"fad": frechet(real, made)})),

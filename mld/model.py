@@ -15,7 +15,7 @@ import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 from .autoencoders import Autoencoder, fit_autoencoder
-from .denoiser import BALANCES, DRAWS, Denoiser, hide_missing, in_halves
+from .denoiser import BALANCES, DRAWS, Denoiser, draw_task, hide_missing, in_halves
 from .guidance import Without
 from .modality import ARCHITECTURES, Column, Modality, check_batch, join, lookup, split, to_unit
 from .nets import NETS
@@ -62,7 +62,7 @@ def encode_all(
     "Latents of every modality in the batch."
     out = {}
     for name, x in batch.items():
-        encoder, device = autoencoders[name].encoder.eval(), next(autoencoders[name].parameters()).device
+        encoder, device = autoencoders[name].encoder.eval(), next(autoencoders[name].parameters(), torch.empty(0)).device
         paired = isinstance(x, Column) and x.index is not None
         z = torch.cat([in_halves(encoder, to_unit(part.to(device))) for part in (x.originals() if paired else x).split(chunk)])
         out[name] = z[x.index.to(device)] if paired else z
@@ -86,7 +86,8 @@ def standardise(self: MLD, raw: Mapping[str, Tensor]) -> Tensor:
 def scale(self: MLD, raw: Mapping[str, Tensor]) -> Tensor:
     "Raw latents, name -> (N, latent), standardised with the statistics measured before: (N, D), 0 (the mean) where a modality is missing."
     n = len(next(iter(raw.values())))
-    return (join({**split(self.mean.expand(n, -1), self.modalities), **raw}, self.modalities) - self.mean) / self.std
+    known = {name: z.to(self.device) for name, z in raw.items()}
+    return (join({**split(self.mean.expand(n, -1), self.modalities), **known}, self.modalities) - self.mean) / self.std
 
 @patch
 def fit_autoencoders(
@@ -146,6 +147,7 @@ def fit(
     times: str = "logit_normal",        # law of t; the paper's is "uniform"
     p_joint: float = .5,                # how often nothing is given
     balance: str = "none",              # of the modalities in the loss, a name in `BALANCES`
+    task: Sequence[str] | None = None,  # names that are always given, in place of a draw
     present: Tensor | None = None,      # what each sample has, bool (N, M); everything by default
     seed: int = 0,
     folder: str | Path | None = None,   # of checkpoints
@@ -160,12 +162,16 @@ def fit(
     if not (z.isfinite() | ~present[:, owner.to(z.device)]).all(): raise ValueError("latents hold NaN or infinite values")
     make_t, law, weigh = lookup("draw", draw, DRAWS), lookup("law of t", times, TIMES), lookup("balance", balance, BALANCES)
     weight = weigh(torch.tensor(self.denoiser.sizes, dtype=torch.float, device=self.device))
+    if task is not None:
+        always = torch.tensor([m in [lookup("modality", name, self.names) for name in task] for m in self.names])
+        make_t = lambda n, n_modalities, law, p_joint, generator: draw_task(n, always, law, generator)
 
     def loss(batch, generator):
         t = hide_missing(make_t(len(batch["z"]), len(self.modalities), law, p_joint, generator), batch["present"])
         eps = torch.randn(batch["z"].shape, generator=generator, device=self.device)
         return dict(zip(self.names, self.denoiser.loss(batch["z"], t, eps, weight)))
-    recipe = {**self.config, "draw": draw, "times": times, "p_joint": p_joint, "balance": balance}
+    recipe = {**self.config, "draw": draw, "times": times, "p_joint": p_joint, "balance": balance,
+              **({} if task is None else {"task": list(task)})}
     return train(self.denoiser, loss, {"z": z, "present": present}, how, seed=seed, folder=folder, config=recipe, label="score network",
                  progress=progress)
 

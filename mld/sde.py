@@ -75,6 +75,10 @@ class VPProcess(Process):
         "The time at which $\\log(\\alpha_t/\\sigma_t)$ is `lam`."
         return self.time_at(-F.logsigmoid(2 * lam))
 
+    def until(self, end: float) -> "VPProcess":
+        "This process stopped at the time `end`, which is called 1 from then on."
+        return VPProcess(end * self.beta_0, end * (self.beta_0 + end * (self.beta_1 - self.beta_0)))
+
 # %% ../nbs/01_sde.ipynb #8f2025a6
 @dataclass(frozen=True)
 class FlowPath(Process):
@@ -90,7 +94,7 @@ class FlowPath(Process):
         return (-lam).sigmoid()
 
 # %% ../nbs/01_sde.ipynb #c18e5f76
-PROCESSES: dict[str, Process] = {"vp": VPProcess(), "flow": FlowPath()}
+PROCESSES: dict[str, Process] = {"vp": VPProcess(), "flow": FlowPath(), **{f"vp_{end:g}": VPProcess().until(end) for end in (.25, .5, .75)}}
 
 def time_at_log_snr(
     process: Process,
