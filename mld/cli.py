@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'Folder', 'data_app', 'Name', 'Source', 'home', 'table_notebook', 'parse_setting', 'words', 'parameters_of',
-           'settle', 'execute', 'terminate_as_interrupt', 'fail', 'list_tables', 'run', 'measure', 'report',
+           'settle', 'execute', 'terminate_as_interrupt', 'fail', 'list_tables', 'parts_of', 'run', 'measure', 'report',
            'recipe_of', 'list_data', 'get', 'prepare', 'check', 'show']
 
 # %% ../nbs/49_cli.ipynb #73c87170
@@ -115,12 +115,20 @@ def fail(error: Exception) -> None:
 
 @app.command("list")
 def list_tables() -> None:
-    "Tables and studies, their data sets, presets and the time they take on two CPU cores."
+    "Tables with their models, and studies; their data sets, presets and the time they take on two CPU cores."
     from mld.settings import PRESETS, TABLES
     for name, table in TABLES.items():
-        typer.echo(name)
+        typer.echo(f"{name}: {', '.join(table.models)}" if table.models else name)
         for dataset in table.datasets:
             for preset, its in PRESETS[dataset].items(): typer.echo(f"  {dataset:<14} {preset:<8} {its.expect}")
+
+def parts_of(table: str, rows) -> list[str]:
+    "What a terminal shows of a run's rows."
+    from mld.layout import sections
+    from mld.report import paper_values, tables_of
+    from mld.settings import TABLES
+    if not TABLES[table].models: return [part.to_string() for part in tables_of(rows)]
+    return [f"{title}\n{part.to_string()}" for title, part in sections(rows, paper_values(table))]
 
 @app.command()
 def run(
@@ -142,7 +150,6 @@ def run(
         parameters, folder = parameters_of(table, asked | ({"data": str(data.absolute())} if data else {}), set_)
     except (ValueError, FileNotFoundError) as e: fail(e)
     from papermill.exceptions import PapermillExecutionError
-    from mld.report import tables_of
     from mld.stages import read_row_file
     started, rows = time.time(), folder / "rows.csv"
     try:
@@ -156,7 +163,7 @@ def run(
     if not rows.exists() or rows.stat().st_mtime < started:
         typer.echo(f"mld: the notebook ran but left no rows in {rows}", err=True)
         raise typer.Exit(1)
-    for table in tables_of(read_row_file(rows)): typer.echo(table.to_string() + "\n")
+    for part in parts_of(table, read_row_file(rows)): typer.echo(part + "\n")
     typer.echo(f"\n{folder / 'notebook.html'}\n{rows}\n{folder / 'figures'}")
 
 @app.command()
@@ -184,7 +191,7 @@ def measure(
 def report(
     roots: Annotated[list[Path] | None, typer.Argument(help="Folders with rows; the committed results by default, and ./runs.")] = None,
     table: Annotated[str | None, typer.Option(help="Only this table.")] = None,
-    write: Annotated[bool, typer.Option("--write", help="Write RESULTS.md and index.html into the first folder instead, from what is below it.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Write RESULTS.md and index.html into the first folder, of what is below it.")] = False,
 ) -> None:
     "Print the tables of all rows found; or write a page of them."
     from mld.report import read_rows, tables_of

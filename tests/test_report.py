@@ -8,7 +8,8 @@ import pytest
 
 from mld.cli import parameters_of
 from mld.page import command, markdown_table, provenance, write_pages
-from mld.report import arranged, bounds_table, by_number, paper_values, sections, show_by_given, show_front, titled
+from mld.layout import arranged, bounds_table, by_number, sections
+from mld.report import paper_values, show_by_given, show_front, titled
 from mld.stages import ROW, write_rows
 
 SAMPLERS = {"MLD": [("em", 50), ("dpm", 20)], "MLD (paper)": [("em", 50), ("dpm", 20)], "MOPOE": [("own", 1), ("mixture", 1)]}

@@ -42,7 +42,7 @@ def test_parameters_are_the_standard_ones_and_the_defaults_are_smoke(name):
 def test_a_notebook_shows_its_result_twice_and_opens_its_own_table(name):
     cells = [c.source for c in nbformat.read(table_notebook(name), 4).cells if c.cell_type == "code"]
     assert f'OpenTable("{name}", globals())' in cells[1]
-    assert sum("report.sections(" in source for source in cells) == 2 and "report.sections(" in cells[-1]
+    assert sum("layout.sections(" in source for source in cells) == 2 and "layout.sections(" in cells[-1]
     assert all(len(source.splitlines()) <= 12 for source in cells[:1] + cells[3:])
 
 
