@@ -6,7 +6,7 @@
 __all__ = ['TITLE', 'TEXT', 'FRAME', 'column_name', 'markdown_table', 'command', 'provenance', 'draw_plots', 'links',
            'table_page', 'page_of', 'write_pages']
 
-# %% ../nbs/46_page.ipynb #39eb5ee2
+# %% ../nbs/46_page.ipynb #3005c0a8
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from .settings import TABLES
 from .stages import read_row_file
 from .training import atomic
 
-# %% ../nbs/46_page.ipynb #41924e79
+# %% ../nbs/46_page.ipynb #19baa277
 def column_name(metric: str, target: str = "", given: str = "") -> str:
     "What a column shows, in words."
     return f"{metric}, {target} given {given}" if given not in ("", "joint") else ", ".join(part for part in (metric, target, given) if part)
@@ -30,7 +30,7 @@ def markdown_table(table: pd.DataFrame) -> str:
     line = lambda cells: "| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |"
     return "\n".join([line(map(join, flat.columns)), line(["---"] * flat.shape[1]), *map(line, flat.fillna("").to_numpy())])
 
-# %% ../nbs/46_page.ipynb #4a536483
+# %% ../nbs/46_page.ipynb #78dafe7a
 def command(
     table: str,
     dataset: str,
@@ -61,7 +61,7 @@ def provenance(
     groups = {key: line(key, part) for key, part in rows.groupby(keys, sort=False)}
     return pd.DataFrame(groups.values(), index=pd.MultiIndex.from_tuples(groups, names=keys))
 
-# %% ../nbs/46_page.ipynb #bfa0d983
+# %% ../nbs/46_page.ipynb #3a34b25a
 def draw_plots(
     rows: pd.DataFrame,  # of one table
     root: Path,          # into whose `figures` they go
@@ -87,7 +87,7 @@ def draw_plots(
             paths.append(root / "figures" / f"{name}.png")
     return paths
 
-# %% ../nbs/46_page.ipynb #311c1470
+# %% ../nbs/46_page.ipynb #2b156b1d
 TITLE = "# Results"
 TEXT = """Written by `mld report --write` from the rows below this folder; every number is in a CSV file with how it was made.
 Mean ± standard deviation over seeds; fractions in percent, distances smaller when better; `nfe` is the number of network calls of a sample.
@@ -98,10 +98,10 @@ def links(
     root: Path,
     table: str,
 ) -> dict[str, list[Path]]:  # kind -> paths, relative to the root
-    "What lies beside a table's rows: files of rows, executed notebooks, figures."
+    "What lies with a table's rows: their files, what made them (executed notebooks, configurations), figures."
     files = sorted(path for path in (root / table).rglob("*") if path.is_file())
     kinds = {"rows": [p for p in files if p.suffix == ".csv" and len(read_row_file(p))],
-             "executed": [p for p in files if p.suffix in (".ipynb", ".html")],
+             "made by": [p for p in files if p.suffix in (".ipynb", ".html") or p.name == "config.json"],
              "figures": [p for p in files if p.suffix == ".png" and p.parent.name == "figures"]}
     return {kind: [p.relative_to(root) for p in paths] for kind, paths in kinds.items()}
 
@@ -117,7 +117,7 @@ def table_page(
     for title, table in sections(rows, paper): yield from (f"### {title}", markdown_table(table)) if len(table) else (title.capitalize() + ".",)
     if plots: yield " ".join(f"![{p.stem}]({p.as_posix()})" for p in plots)
     if len(rows): yield from (f"### {name}: how these numbers were made", markdown_table(provenance(rows)))
-    if files := [f"[{p.as_posix()}]({p.as_posix()})" for kind in ("rows", "executed") for p in there[kind]]: yield "Files: " + ", ".join(files)
+    if files := [f"[{p.as_posix()}]({p.as_posix()})" for kind in ("rows", "made by") for p in there[kind]]: yield "Files: " + ", ".join(files)
     if there["figures"]: yield from (f"### {name}: pictures", "\n".join(f"![{p.stem}]({p.as_posix()})" for p in there["figures"]))
 
 def page_of(
@@ -132,7 +132,7 @@ def page_of(
     contents = ", ".join(f"[{b[3:]}](#{b[3:]})" for b in blocks if b.startswith("## "))
     return "\n\n".join(b for b in [TITLE, TEXT, contents, *blocks, "## Without numbers", f"No rows yet: {', '.join(missing) or 'none'}."] if b) + "\n"
 
-# %% ../nbs/46_page.ipynb #288fb162
+# %% ../nbs/46_page.ipynb #2d4bedb2
 FRAME = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>mld: results</title>
 <style>

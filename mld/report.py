@@ -365,6 +365,6 @@ def model_settings(
     "What makes each model of a table: what it changes in the preset, or the recipe of a VAE; and how it is trained."
     told = lambda changes: ", ".join(f"{name}={value}" for name, value in changes.items() if value is not None) or "the preset"
     def line(run):
-        changes, how = (run.recipe.hyper, run.recipe.how) if isinstance(run, BaselineRun) else (run.origin["vary"], run.training("score"))
+        changes, how = (run.recipe.hyper, run.recipe.how) if isinstance(run, BaselineRun) else (run.origin["vary"] or {}, run.training("score"))
         return {"settings": told(changes), "steps": how.steps, "batch size": how.batch_size, "rate": how.lr}
     return pd.DataFrame({(run.settings.dataset, run.variant): line(run) for run in runs}).T
