@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 import pandas as pd
-from .experiment import keep, plain
+from .experiment import as_file_name, keep
 from .layout import PARTS, sections, standing
 from .report import how_many, paper_values, read_rows, show_by_given, show_front, titled
 from .settings import TABLES
@@ -81,7 +81,7 @@ def draw_plots(
         for what, draw in plots.items():
             with sns.axes_style("whitegrid"): axes = draw()
             axes.set_title(f"{key[0]}: {standing(*key[1:3])}, {key[3]}", fontsize=8)
-            name = plain("_".join([*key, what]))
+            name = as_file_name("_".join([*key, what]))
             keep(root, name, axes)
             plt.close(axes.figure)
             paths.append(root / "figures" / f"{name}.png")
