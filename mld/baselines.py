@@ -385,7 +385,7 @@ def everywhere(**more) -> dict[str, dict]:
     "The laptop recipes for each data set, with more that all of them share."
     return {name: {**LAPTOP, "all": {**LAPTOP["all"], "weights": BALANCE.get(name), **more}} for name in (*PAPER, "celebamask_hq")}
 
-RECIPES = {"smoke": everywhere(steps=20, batch_size=32), "laptop": everywhere(), "paper": PAPER}  # preset -> data set -> baseline -> settings
+RECIPES = {"smoke": everywhere(steps=20, batch_size=32), "laptop": everywhere(), "best": everywhere(steps=4000), "paper": PAPER}  # preset -> data set -> baseline -> settings
 
 @dataclass(frozen=True)
 class Recipe:
@@ -395,7 +395,7 @@ class Recipe:
 
 def recipe(
     dataset: str,
-    preset: str,   # "smoke", "laptop" or "paper"
+    preset: str,   # a name in `RECIPES`
     name: str,     # in `BASELINES`
     **changes,     # what differs: hyper-parameters of the model, fields of `Training`
 ) -> Recipe:

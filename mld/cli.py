@@ -209,7 +209,7 @@ def report(
 data_app = typer.Typer(help="Data sets: what there is, what is missing, and how to get it.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 Name = Annotated[str, typer.Argument(help="A data set; `mld data list` shows them.")]
-Source = Annotated[str, typer.Option(help="paper: the original; open: a stand-in that is free to use.")]
+Source = Annotated[str, typer.Option(help="paper: the original; open: a stand-in that is free to use; embedded: a small one that needs no files.")]
 
 def recipe_of(name: str, source: str):
     "A registered recipe; leaves with 2 when there is none of that name."
@@ -228,7 +228,7 @@ def list_data(data: Folder = None) -> None:
     for name, sources in RECIPES.items():
         for source, recipe in sources.items():
             missing = [f.path for f in recipe.files if not f.found(data_folder(data))]
-            state = "prepared" if recipe.folder(data).exists() else f"missing {', '.join(missing)}" if missing else "can be prepared"
+            state = "needs no files" if not recipe.files else "prepared" if recipe.folder(data).exists() else f"missing {', '.join(missing)}" if missing else "can be prepared"
             typer.echo(f"{name} ({source}): {state}\n    {recipe.about}")
     typer.echo("polydigits (embedded): needs no files")
 

@@ -8,7 +8,8 @@ __all__ = ['DRAWS', 'PREDICTIONS', 'BALANCES', 'draw_given', 'draw_per_batch', '
            'in_halves', 'Denoiser']
 
 # %% ../nbs/04_denoiser.ipynb #a9fc24d6
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
@@ -172,7 +173,15 @@ class Denoiser(nn.Module):
         self.net, self.sizes, self.process = net, tuple(sizes), process
         self.prediction = lookup("prediction", predict, PREDICTIONS)
         self.register_buffer("owner", owners(sizes), persistent=False)
-        self.calls = 0  # network calls so far
+        self.calls = 0   # network calls so far
+        self.run = None  # what computes in the network's place
+
+    @contextmanager
+    def running(self, run: Callable) -> Iterator[None]:
+        "Meanwhile `run` computes in place of the network: itself compiled, or in another precision."
+        before, self.run = self.run, run
+        try: yield
+        finally: self.run = before
 
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
         "alpha_t and sigma_t of every coordinate, (B, D), from times (B, M)."
@@ -186,7 +195,7 @@ class Denoiser(nn.Module):
     def forward(self, z_t: Tensor, t: Tensor) -> Tensor:
         "The network's output, (B, D); counts as one call."
         self.calls += 1
-        return in_halves(self.net, z_t, t)
+        return in_halves(self.run or self.net, z_t, t)
 
     def eps(self, z_t: Tensor, t: Tensor) -> Tensor:
         "Predicted noise, (B, D)."

@@ -340,7 +340,7 @@ class Run(Encoded):
         "What wraps the denoiser: how what is given enters, and guidance, if a sampler's options ask for it."
         interval = tuple(options.get("interval", (0., 1.)))
         def wrap(denoiser):
-            denoiser = CONDITIONS[self.settings.condition](denoiser, torch.Generator(self.device).manual_seed(seed))
+            denoiser = CONDITIONS[self.settings.condition](denoiser, torch.Generator(self.device).manual_seed(2**32 + seed))  # not the noise of the walk
             if options.get("autoguidance"): denoiser = AutoGuidance(denoiser, self.weaker.model.denoiser, options["autoguidance"], interval)
             return Guidance(denoiser, options["guidance"], interval) if options.get("guidance") else denoiser
         return wrap

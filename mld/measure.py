@@ -7,7 +7,7 @@ __all__ = ['LOOKS', 'METRICS', 'PAIRED', 'PUBLISHED', 'NOISED', 'asked', 'circum
            'inception_look', 'sound_look', 'names_look', 'clip_look', 'coherence', 'f1_of_each', 'agreement',
            'caption_fit', 'frechet', 'energy', 'by_target', 'Judge', 'measure_bounds', 'measure_samples',
            'measure_cost', 'rows_of', 'measurable', 'all_rows_of', 'spread_rows', 'accuracy', 'reconstruction_rows',
-           'measure_autoencoders', 'autoencoder_rows']
+           'measure_autoencoders', 'autoencoder_rows', 'score_error', 'score_rows']
 
 # %% ../nbs/43_measure.ipynb #c3bcbae5
 from collections.abc import Callable, Iterable, Mapping
@@ -16,9 +16,10 @@ import pandas as pd
 import torch, torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
+from .data.exact import exact_denoiser
 from .data.mhd import DECIBELS
 from .data.pictures import ATTRIBUTES
-from .experiment import BaselineRun, Encoded, Experiment, Run
+from .experiment import BaselineRun, Encoded, ExactRun, Experiment, Run
 from .metrics.audio import examples, load_vggish, waveforms
 from .metrics.coherence import conditional_coherence, joint_coherence, read
 from .metrics.diversity import prdc
@@ -307,3 +308,30 @@ def autoencoder_rows(
     "The numbers of a run's autoencoders, measured once and written as `autoencoders.csv` into its folder."
     inputs = {"latents": run.latents.key, "noised": NOISED, "readers": run.readers, **run.pick("n_given", "protocol")}
     return rows_stage(run, "autoencoders", inputs, measure_autoencoders)
+
+# %% ../nbs/43_measure.ipynb #31f46d1a
+@torch.no_grad()
+def score_error(
+    run: ExactRun,
+    given: tuple[str, ...],  # modalities at time 0
+    t: float,                # of all others
+    n: int,                  # test tuples
+) -> float:                  # 0: exact; 1: as good as predicting nothing
+    "Relative squared error of the predicted noise on what is diffused."
+    exact, z = exact_denoiser(run.coder), run.latents.tensors["test"][:n].to(run.device)
+    state = torch.tensor([0. if name in given else t for name in run.data.names], device=run.device).expand(len(z), -1)
+    eps = torch.randn(z.shape, generator=torch.Generator(run.device).manual_seed(0), device=run.device)
+    z_t, mine = exact.noise(z, state, eps), (state > 0)[:, exact.owner]
+    truth, learnt = exact.eps(z_t, state)[mine], run.model.denoiser.eps(z_t, state)[mine]
+    return ((learnt - truth).square().mean() / truth.square().mean()).item()
+
+def score_rows(
+    run: ExactRun,
+    times: Iterable[float],
+    n: int = 4000,           # test tuples
+) -> pd.DataFrame:
+    "Errors of the score given nothing and given each subset, at some times; written as `scores.csv` into the run's folder."
+    same = {**run.facts, "target": "all", "sampler": "", "nfe": 1, "seconds": 0., "n": n}
+    measure = lambda run: [{**same, "metric": f"score error at t={t:g}", "given": ",".join(given), "value": score_error(run, given, t, n)}
+                           for given in run.subsets for t in times]
+    return rows_stage(run, "scores", {"score": run.score.key, "times": [*times], "n": n, "given": run.subsets}, measure)

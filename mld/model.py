@@ -18,10 +18,10 @@ from .autoencoders import Autoencoder, fit_autoencoder
 from .denoiser import BALANCES, DRAWS, Denoiser, draw_task, hide_missing, in_halves
 from .guidance import Without
 from .modality import ARCHITECTURES, Column, Modality, check_batch, join, lookup, split, to_unit
-from .nets import NETS
-from .samplers import SAMPLERS
+from .nets import NETS, compiled, compiling_pays
+from .samplers import SAMPLERS, about_calls
 from .sde import PROCESSES, TIMES
-from .training import CorruptFile, Training, load_weights, save_weights, side_by_side, train
+from .training import CorruptFile, Training, autocast, load_weights, save_weights, side_by_side, train
 
 # %% ../nbs/08_model.ipynb #6d5577ae
 class MLD(nn.Module):
@@ -136,6 +136,48 @@ def decode(
         out[name] = torch.cat([in_halves(decoder, part) for part in raw[name].split(chunk)])
     return out
 
+# %% ../nbs/08_model.ipynb #c7e3a549
+@patch
+def network(
+    self: MLD,
+    rows: int,                  # of a batch
+    calls: int,                 # batches that will go through it
+    precision: str = "fp32",    # a name in `PRECISIONS`
+    compile: bool | None = None,  # first? By default where that pays
+) -> Callable:                  # (z_t, t) -> output, as the network
+    "The score network, in some precision and compiled where that pays; with gradients if they are enabled now."
+    net, grad = self.denoiser.net, torch.is_grad_enabled()
+    if compiling_pays(net, rows * calls, compile):
+        example = [torch.zeros(rows, k, device=self.device) for k in (len(self.mean), len(self.modalities))]
+        with autocast(precision, self.device): net = compiled(net, *example, dynamic=not grad)
+    def run(z_t, t):
+        with autocast(precision, self.device): return net(z_t, t).to(z_t.dtype)
+    return run
+
+# %% ../nbs/08_model.ipynb #75b4646d
+@patch
+def training_states(
+    self: MLD,
+    draw: str = "sample",
+    times: str = "logit_normal",
+    p_joint: float = .5,
+    task: Sequence[str] | None = None,
+) -> Callable:  # (present (B, M), generator) -> state t (B, M), noise eps (B, D)
+    "What a step of training draws for a batch; arguments as in `fit`."
+    make_t, law = lookup("draw", draw, DRAWS), lookup("law of t", times, TIMES)
+    if task is not None:
+        always = torch.tensor([m in [lookup("modality", name, self.names) for name in task] for m in self.names])
+        make_t = lambda n, n_modalities, law, p_joint, generator: draw_task(n, always, law, generator)
+    def states(present, generator):
+        t = hide_missing(make_t(len(present), len(self.modalities), law, p_joint, generator), present)
+        return t, torch.randn(len(present), len(self.mean), generator=generator, device=self.device)
+    return states
+
+@patch
+def weights(self: MLD, balance: str = "none") -> Tensor:
+    "Weight in the loss of a coordinate of each modality, (M,)."
+    return lookup("balance", balance, BALANCES)(torch.tensor(self.denoiser.sizes, dtype=torch.float, device=self.device))
+
 # %% ../nbs/08_model.ipynb #f490dba4
 @patch
 def fit(
@@ -151,6 +193,7 @@ def fit(
     present: Tensor | None = None,      # what each sample has, bool (N, M); everything by default
     seed: int = 0,
     folder: str | Path | None = None,   # of checkpoints
+    compile: bool | None = None,        # the network? By default where that pays; nothing but time depends on it
     progress: bool = True,
 ) -> list[dict]:                        # losses
     "Train the score network on cached latents, of which some may be missing; the sum of its losses starts near D."
@@ -160,20 +203,15 @@ def fit(
         raise ValueError(f"expected present as bool ({len(z)}, {len(self.modalities)}), got {present.dtype} {tuple(present.shape)}")
     owner = self.denoiser.owner
     if not (z.isfinite() | ~present[:, owner.to(z.device)]).all(): raise ValueError("latents hold NaN or infinite values")
-    make_t, law, weigh = lookup("draw", draw, DRAWS), lookup("law of t", times, TIMES), lookup("balance", balance, BALANCES)
-    weight = weigh(torch.tensor(self.denoiser.sizes, dtype=torch.float, device=self.device))
-    if task is not None:
-        always = torch.tensor([m in [lookup("modality", name, self.names) for name in task] for m in self.names])
-        make_t = lambda n, n_modalities, law, p_joint, generator: draw_task(n, always, law, generator)
-
+    states, weight = self.training_states(draw, times, p_joint, task), self.weights(balance)
     def loss(batch, generator):
-        t = hide_missing(make_t(len(batch["z"]), len(self.modalities), law, p_joint, generator), batch["present"])
-        eps = torch.randn(batch["z"].shape, generator=generator, device=self.device)
+        t, eps = states(batch["present"], generator)
         return dict(zip(self.names, self.denoiser.loss(batch["z"], t, eps, weight)))
     recipe = {**self.config, "draw": draw, "times": times, "p_joint": p_joint, "balance": balance,
               **({} if task is None else {"task": list(task)})}
-    return train(self.denoiser, loss, {"z": z, "present": present}, how, seed=seed, folder=folder, config=recipe, label="score network",
-                 progress=progress)
+    with self.denoiser.running(self.network(min(len(z), how.batch_size), how.steps, how.precision, compile)):
+        return train(self.denoiser, loss, {"z": z, "present": present}, how, seed=seed, folder=folder, config=recipe, label="score network",
+                     progress=progress)
 
 # %% ../nbs/08_model.ipynb #becd3c9d
 @patch
@@ -186,6 +224,8 @@ def sample(
     around: Callable | None = None,              # denoiser -> denoiser, such as `partial(Guidance, weight=.5)`
     sampler: str = "em",                         # a name in `SAMPLERS`
     seed: int = 0,
+    precision: str = "fp32",                     # of the network, a name in `PRECISIONS`; the walk itself is always in 32 bits
+    compile: bool | None = None,                 # the network? By default where that pays; nothing but time depends on it
     **options,                                   # of the sampler: steps, grid...
 ) -> Tensor:                                     # standardised latents, (n, D) or (B * n, D), condition by condition
     "Sample latents, jointly or given some modalities, whose latents come back as they are."
@@ -197,7 +237,9 @@ def sample(
     z = self.encode(given).repeat_interleave(n, 0) if given else torch.zeros(n, len(self.mean), device=self.device)
     known, missing = (torch.tensor([m in names for m in self.names], device=self.device) for names in (given, absent))
     denoiser = Without(self.denoiser, missing) if absent else self.denoiser
-    return walk(around(denoiser) if around else denoiser, z, known, generator=torch.Generator(self.device).manual_seed(seed), **options)
+    generator = torch.Generator(self.device).manual_seed(seed)
+    with torch.no_grad(), self.denoiser.running(self.network(len(z), about_calls(walk, options), precision, compile)):
+        return walk(around(denoiser) if around else denoiser, z, known, generator=generator, **options)
 
 @patch
 def generate(
@@ -206,7 +248,7 @@ def generate(
     given: Mapping[str, Tensor] | None = None,   # name -> (B, *shape), to condition on
     want: Sequence[str] | None = None,           # names; by default all that are not given
     alone: bool = False,                         # leave out what is neither given nor wanted, which is otherwise generated along
-    **options,                                   # of `sample`: sampler, steps, seed, around
+    **options,                                   # of `sample`: sampler, steps, seed, precision, around
 ) -> dict[str, Tensor]:                          # name -> (n or B * n, *shape)
     "Generate data, jointly or given some modalities."
     want = [m for m in self.names if m not in (given or {})] if want is None else want

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['GRIDS', 'SAMPLERS', 'begin', 'state', 'log_snr_range', 'times_at', 'uniform_grid', 'log_snr_grid', 'karras_grid',
            'grid_times', 'at', 'reverse_step', 'euler_maruyama', 'jump_schedule', 'forward_step', 'repaint', 'along',
-           'ddim', 'heun', 'exponential_step', 'lambda_step', 'dpm_solver', 'langevin_step', 'langevin']
+           'ddim', 'heun', 'exponential_step', 'lambda_step', 'dpm_solver', 'langevin_step', 'langevin', 'about_calls']
 
 # %% ../nbs/05_samplers.ipynb #85c3f0df
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from inspect import signature
 from itertools import pairwise
 import math
 import torch
@@ -297,3 +298,12 @@ def langevin(
 # %% ../nbs/05_samplers.ipynb #4675268d
 SAMPLERS: dict[str, Callable] = {"em": euler_maruyama, "repaint": repaint, "ddim": ddim, "heun": heun, "dpm": dpm_solver,
                                  "dpm_sde": partial(dpm_solver, noise=1.), "langevin": langevin}
+
+# %% ../nbs/05_samplers.ipynb #b2c82434
+def about_calls(
+    walk: Callable,    # a sampler
+    options: Mapping,  # that it will be called with
+) -> int:              # to within a factor of two
+    "About how many network calls a walk takes."
+    asked = {name: p.default for name, p in signature(walk).parameters.items()} | dict(options)
+    return asked.get("steps", 1) * asked.get("passes", 1)

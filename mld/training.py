@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'atomic', 'checksum', 'save_weights', 'CorruptFile', 'load_weights', 'save_checkpoint',
-           'load_checkpoint', 'Training', 'batches', 'stop_signals', 'Diverged', 'Trainer', 'train', 'start_worker',
-           'run_job', 'side_by_side']
+           'load_checkpoint', 'autocast', 'Training', 'batches', 'stop_signals', 'Diverged', 'Trainer', 'train',
+           'start_worker', 'run_job', 'side_by_side']
 
 # %% ../nbs/06_training.ipynb #57e6b917
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -107,6 +107,14 @@ def load_checkpoint(
 
 # %% ../nbs/06_training.ipynb #00ad5526
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}  # name -> what autocast computes in; None: no autocast
+
+def autocast(
+    precision: str,         # a name in `PRECISIONS`
+    device: torch.device,   # of the network
+) -> torch.autocast:
+    "A context in which networks compute in this precision."
+    cast_to = lookup("precision", precision, PRECISIONS)
+    return torch.autocast(device.type, cast_to, enabled=cast_to is not None)
 
 @dataclass(frozen=True)
 class Training:
@@ -211,9 +219,7 @@ class Trainer:
         "Loss, gradient, optimiser, average."
         batch = {k: x[index.to(x.device)].to(self.device) for k, x in self.data.items()}
         for group in self.opt.param_groups: group["lr"] = self.how.rate(self.step)
-        cast_to = PRECISIONS[self.how.precision]
-        with torch.autocast(self.device.type, cast_to, enabled=cast_to is not None):
-            parts = self.loss(batch, self.generator)
+        with autocast(self.how.precision, self.device): parts = self.loss(batch, self.generator)
         self.opt.zero_grad()
         sum(parts.values()).backward()
         if self.how.clip: nn.utils.clip_grad_norm_(self.model.parameters(), self.how.clip)

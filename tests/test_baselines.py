@@ -207,7 +207,7 @@ def test_unknown_names_list_the_known_ones(data):
                       (lambda: model.generate(want=["view9"]), "unknown modality 'view9'"),
                       (lambda: model.generate(n=0), "at least 1"),
                       (lambda: model.fit({"view0": data.train.batch["view0"]}, HOW), "missing modality 'view1', 'view2'"),
-                      (lambda: recipe("polydigits", "papre", "mvae"), "unknown preset 'papre'; known: smoke, laptop, paper"),
+                      (lambda: recipe("polydigits", "papre", "mvae"), "unknown preset 'papre'; known: smoke, laptop, best, paper"),
                       (lambda: recipe("mnist", "paper", "mvae"), "unknown data set of baselines 'mnist'"),
                       (lambda: recipe("mhd", "paper", "mvea"), "unknown baseline 'mvea'")]:
         with pytest.raises(ValueError) as e: call()

@@ -41,7 +41,7 @@ def test_run_from_any_folder_leaves_everything_in_out(tiny, tmp_path, root):
 
 @pytest.mark.parametrize("args, why", [
     (["run", "polydigit"], "unknown table 'polydigit'; known: polydigits"),
-    (["run", "polydigits", "--preset", "labtop"], "unknown preset 'labtop'; known: smoke, laptop, paper"),
+    (["run", "polydigits", "--preset", "labtop"], "unknown preset 'labtop'; known: smoke, laptop, best, paper"),
     (["run", "polydigits", "--set", "step=5"], "unknown setting 'step'; known: dataset, source"),
     (["run", "polydigits", "--set", "steps=many"], "setting 'steps' is int"),
     (["run", "polydigits", "--sede", "5"], "No such option"),

@@ -210,7 +210,7 @@ def test_files_of_the_recipe_truncated_or_missing(mnist_and_photos, path):
 
 def test_digits_that_were_not_published_are_refused(mnist_and_photos):
     with pytest.raises(CorruptFile, match="train-images-idx3-ubyte.gz does not hold what was published"):
-        load_dataset("polymnist10", data=mnist_and_photos)
+        load_dataset("polymnist10", "open", data=mnist_and_photos)
 
 
 @pytest.mark.skipif(not os.environ.get("MLD_DATA"), reason="MLD_DATA is not set: the open stand-in needs its raw files")

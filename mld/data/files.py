@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'SPLITS', 'data_folder', 'prepared_folder', 'File', 'sha256_of', 'verify', 'download', 'Recipe',
-           'register_recipe', 'prepare', 'read_split', 'load_prepared', 'check_items', 'check']
+           'register_recipe', 'prepare', 'columns', 'as_split', 'load_prepared', 'check_items', 'check_files', 'check']
 
 # %% ../../nbs/12_files.ipynb #cc63638b
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
@@ -103,9 +103,9 @@ def download(
 class Recipe:
     "How a data set comes about."
     name: str                      # of the data set
-    source: str                    # "paper" or "open"
+    source: str                    # "paper", "open" or "embedded"
     about: str                     # a line: what it is, under which terms
-    files: tuple[File, ...]        # that have to be there
+    files: tuple[File, ...]        # that have to be there; none for an embedded data set
     build: Callable                # folder of raw data -> ({split: {column: array}}, facts)
     modalities: Callable           # (facts, autoencoders = "paper" or "ours") -> tuple of `Modality`
     version: int = 1               # raised when `build` changes what it makes
@@ -135,6 +135,7 @@ def prepare(
 ) -> Path:                           # folder of the prepared arrays
     "Build a data set from its raw files, once. `FileNotFoundError` and `CorruptFile` name the file and what to do."
     folder, raw = recipe.folder(data), data_folder(data)
+    if not recipe.files: raise ValueError(f"{recipe.name} ({recipe.source}) needs no files: it is built in memory, and there is nothing to prepare")
     if folder.exists(): return folder
     for file in recipe.files: verify(file, raw)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -151,16 +152,24 @@ def prepare(
         finally: shutil.rmtree(part, ignore_errors=True)
     return folder
 
-def read_split(
-    folder: Path,                       # of a prepared data set
-    split: str,                         # one of `SPLITS`
-    modalities: tuple[Modality, ...],   # whose arrays are read
+def columns(
+    recipe: Recipe,                  # what to make, and of what
+    data: str | Path | None = None,  # folder of raw data
+) -> tuple[dict, dict]:              # split -> column -> array, facts
+    "What a recipe makes: mapped into memory from where it is prepared, or built there if it needs no files."
+    if not recipe.files: return recipe.build(data_folder(data))
+    folder = prepare(recipe, data)
+    stored = lambda split: {p.name[len(split) + 1:-4]: np.load(p, mmap_mode="c") for p in folder.glob(f"{split}.*.npy")}
+    return {split: stored(split) for split in SPLITS}, json.loads((folder / "facts.json").read_text())
+
+def as_split(
+    arrays: Mapping[str, np.ndarray],   # columns
+    modalities: tuple[Modality, ...],   # whose columns are taken
 ) -> Split:
-    "A split of a prepared data set, its arrays mapped into memory."
-    array = lambda column: torch.from_numpy(np.load(folder / f"{split}.{column}.npy", mmap_mode="c"))
-    batch = {}
+    "The columns of a split as tuples."
+    array, batch = lambda column: torch.from_numpy(arrays[column]), {}
     for m in modalities:
-        stored, paired = array(m.name), (folder / f"{split}.{m.name}.index.npy").exists()
+        stored, paired = array(m.name), f"{m.name}.index" in arrays
         words = m.shape[-1] if not stored.is_floating_point() and stored.dtype != torch.uint8 else 0
         batch[m.name] = Column(stored, array(f"{m.name}.index") if paired else None, words) if paired or words else stored
     return Split(batch, array("labels"))
@@ -173,11 +182,10 @@ def load_prepared(
     n_val: int = 0,                   # to validate, likewise
     n_test: int = 0,                  # to test, likewise
 ) -> DataSet:
-    "A data set, prepared if it is not yet."
-    folder = prepare(recipe, data)
-    facts = json.loads((folder / "facts.json").read_text())
+    "A data set, prepared if it is not yet and has to be."
+    made, facts = columns(recipe, data)
     modalities = recipe.modalities(facts, lookup("autoencoders", autoencoders, ("ours", "paper")))
-    splits = (read_split(folder, split, modalities).first(n) for split, n in zip(SPLITS, (n_train, n_val, n_test)))
+    splits = (as_split(made[split], modalities).first(n) for split, n in zip(SPLITS, (n_train, n_val, n_test)))
     return DataSet(recipe.name, modalities, *splits, recipe.source)
 
 # %% ../../nbs/12_files.ipynb #f733a91d
@@ -194,16 +202,23 @@ def check_items(
         x = x.originals().first(chunk) if x.classes else x.stored
     for part in x.split(chunk): m.check(to_unit(part))
 
-def check(
+def check_files(
     recipe: Recipe,                  # of the data set
     data: str | Path | None = None,  # folder of raw data
-) -> dict[str, int]:                 # tuples in each split
-    "Verify a prepared data set. `CorruptFile` or `ValueError` says what is wrong with it."
+) -> None:
+    "Raw files and prepared arrays against their checksums. `CorruptFile` names the one that has changed."
     folder = recipe.folder(data)
     if not folder.exists(): raise FileNotFoundError(f"{folder} is not there; mld data prepare {recipe.name} --source {recipe.source}")
     for file in recipe.files: verify(file, data_folder(data))
     for name, wanted in json.loads((folder / "facts.json").read_text())["sha256"].items():
         if sha256_of(folder / name) != wanted: raise CorruptFile(f"{folder / name} has changed; delete {folder} and prepare it again")
+
+def check(
+    recipe: Recipe,                  # of the data set
+    data: str | Path | None = None,  # folder of raw data
+) -> dict[str, int]:                 # tuples in each split
+    "Verify a data set. `CorruptFile` or `ValueError` says what is wrong with it."
+    if recipe.files: check_files(recipe, data)
     made = load_prepared(recipe, data)
     splits = {s: getattr(made, s) for s in SPLITS}
     for m in made.modalities:

