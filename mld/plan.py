@@ -120,7 +120,8 @@ def estimate(
 def unprepared(run: Run | BaselineRun) -> Recipe | None:
     "How the run's data is prepared, if that is still to be done."
     s, sources = run.settings, DATASETS[run.settings.dataset]
-    source = lookup(f"source of {s.dataset}", s.source or [x for x in SOURCES if x in sources][-1], sources)
+    source = s.source or [x for x in SOURCES if x in sources][-1]
+    lookup(f"source of {s.dataset}", source, sources)
     recipe = RECIPES.get(s.dataset, {}).get(source)
     return recipe if recipe and recipe.files and not recipe.folder(run.origin["data"]).exists() else None
 
@@ -130,7 +131,7 @@ def jobs_of(
     known: Mapping,          # from `taken`
 ) -> list[Job]:              # each after what it needs
     "What the rows of a run take."
-    same = {"call": {"origin": run.origin}, "expect": PRESETS[run.settings.dataset][run.origin["preset"]].expect}
+    same = {"call": {"origin": {**run.origin, "progress": True}}, "expect": PRESETS[run.settings.dataset][run.origin["preset"]].expect}
     stem, measure = measuring(run.table)
     rows = Job(f"{stem}-{run.table}-{run.folder.name}", "rows", file=str(run.folder / f"{stem}.csv"), **same)
     if recipe := unprepared(run):
@@ -195,7 +196,7 @@ def plan(
         these, where = [m for m in models if m in spec.models], [d for d in datasets if d in spec.datasets]
         if (models and not these) or (datasets and not where): continue
         for dataset in where or spec.datasets: settings_for(dataset, preset, overrides)
-        with asking(): runs = runs_of(table, these, seeds, where, data=data or None, **same) if spec.models else []
+        with asking(): runs = runs_of(table, these, seeds, where, data=data or None, progress=False, **same) if spec.models else []
         rows = []
         for run in runs:
             if not unprepared(run): share_data(run, shared)
