@@ -265,9 +265,8 @@ CONDITIONS: dict[str, Callable] = {  # name -> (denoiser, generator) to the deno
 
 class Run(Encoded):
     "An experiment with a score network, samples, rows and figures: one line of a table."
-    @cached_property
-    def score(self) -> Stage:
-        "The score network: weights, and its losses as `info['history']`."
+    def score_network(self) -> tuple:
+        "Name, settings and making of the stage of the score network: its weights, and its losses as `info['history']`."
         how, recipe = self.training("score"), self.pick("draw", "times", "p_joint", "balance")
         def make(folder):
             z = self.latents.tensors["train"].to(self.device)
@@ -276,7 +275,10 @@ class Run(Encoded):
             return model.denoiser.state_dict(), {"history": history, "seconds": history[-1]["seconds"]}
         settings = {"latents": self.latents.key, "seed": self.seed, **recipe, **asdict(how),
                     **self.pick("net", "predict", "process", *NET_SETTINGS[self.settings.net])}
-        return run_stage(self.stages, "score", settings, make)
+        return "score", settings, make
+
+    @cached_property
+    def score(self) -> Stage: return run_stage(self.stages, *self.score_network())
 
     @cached_property
     def model(self) -> MLD:

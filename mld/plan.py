@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'KINDS', 'Job', 'measuring', 'opened', 'make_data', 'make_part', 'make_rows', 'make_notebook', 'make',
-           'kindred', 'taken', 'estimate', 'unprepared', 'jobs_of', 'notebook_jobs', 'plan', 'share_data', 'as_json',
-           'from_json', 'describe']
+           'make_together', 'kindred', 'taken', 'estimate', 'unprepared', 'jobs_of', 'notebook_jobs', 'plan',
+           'share_data', 'as_json', 'from_json', 'describe']
 
 # %% ../nbs/47_plan.ipynb #1ada4441
 from collections.abc import Callable, Iterable, Mapping
@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from .data.dataset import DATASETS, SOURCES
 from .data.files import RECIPES, Recipe, prepare
+from .distributed import launch, processes, score_together
 from .experiment import BaselineRun, Run, label, make_run, make_stage, runs_of
 from .measure import autoencoder_rows, rows_of
 from .modality import lookup
@@ -84,8 +85,15 @@ def make(
     job: Job,
     device: str,  # cpu, cuda:1...
 ) -> None:
-    "Do a job, if it is not done. Raises what goes wrong."
-    if not job.done: lookup("kind of job", job.kind, KINDS)(job, device)
+    "Do a job, if it is not done; one of the processes that `torchrun` has started does its part of it. Raises what goes wrong."
+    if processes() > 1: make_together(job, device)
+    elif not job.done: lookup("kind of job", job.kind, KINDS)(job, device)
+
+def make_together(job: Job, device: str) -> None:
+    "This process's part of training a score network. `ValueError` for other jobs."
+    if job.kind != "score": raise ValueError(f"{job.name}: only score networks are trained by several processes")
+    fabric = launch(device.partition(":")[0])
+    score_together(opened(job, str(fabric.device)), fabric)
 
 # %% ../nbs/47_plan.ipynb #016af635
 def kindred(settings: Mapping) -> str:

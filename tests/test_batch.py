@@ -1,4 +1,5 @@
 "Whole tables: planned without being made, made once, and made whole after whatever has happened."
+import json
 import os
 import re
 import shutil
@@ -26,7 +27,7 @@ def start(*args, slow=0.):
 
 
 def reproduce(out, *args, jobs=1, **kw):
-    job = start("reproduce", *args, "--out", out, "--jobs", jobs, *OPTIONS, **kw)
+    job = start("reproduce", "--out", out, "--jobs", jobs, *OPTIONS, *args, **kw)
     said, why = job.communicate()
     return job.returncode, said, why
 
@@ -206,3 +207,55 @@ def test_data_that_is_not_prepared_comes_first(tmp_path, monkeypatch):
     assert [job.kind for job in jobs] == ["data", "rows"] and jobs[1].needs == (jobs[0].name,)
     with pytest.raises(FileNotFoundError, match="is not there"):
         make(jobs[0], "cpu")
+
+
+def test_two_processes_train_the_score_network_that_one_does(unscored, tmp_path):
+    pytest.importorskip("lightning_fabric")
+    from mld.training import load_weights
+    precise = {"precision": "fp32", "ema": .9}
+    job, = (job for job in plan(["toy"], ["MLD"], **here(unscored) | {"overrides": TINY | precise}) if job.kind == "score")
+    path, other = tmp_path / "plan.json", tmp_path / "other"
+    path.write_text(as_json([job]))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*torchrun, toy_batch.__file__, "job", job.name, "--plan", path, "--device", "cpu"], env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    together, config = load_weights(job.file)
+    Path(job.file).rename(other)
+    shutil.rmtree(Path(job.file).parent)
+    make(job, "cpu")
+    alone, same = load_weights(job.file)
+    assert together.keys() == alone.keys() and config["settings"] == same["settings"]
+    for name in alone:
+        assert (together[name].float() - alone[name].float()).abs().max() < 1e-4, name
+    last, want = config["info"]["history"][-1], same["info"]["history"][-1]
+    assert all(last[k] == pytest.approx(want[k], rel=1e-4) for k in want if k != "seconds")
+
+
+def test_several_processes_only_train_score_networks(unscored, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="only score networks are trained by several processes"):
+        make(plan(["toy"], **here(unscored))[0], "cpu")
+
+
+def snakemake(root, plan_file, *args):
+    command = shutil.which("snakemake")
+    if not command:
+        pytest.skip("snakemake is not installed: pip install 'mld[cluster]'")
+    return subprocess.run([command, "--snakefile", root / "workflow" / "Snakefile", "--profile", root / "workflow" / "profiles" / "local", "--cores", "1", *args,
+                           "--config", f"plan={plan_file}", f"mld={sys.executable} {toy_batch.__file__}", "device=cpu"],
+                          cwd=Path(plan_file).parent, env=ENV, capture_output=True, text=True)
+
+
+def test_the_workflow_makes_the_same_rows(unscored, undisturbed, root):
+    code, said, why = reproduce(unscored, "toy", "--dry-run", "--json")
+    assert code == 0, why
+    path = unscored.parent / "plan.json"
+    path.write_text(said)
+    todo = [job["name"] for job in json.loads(said)["jobs"] if not job["done"]]
+    dry = snakemake(root, path, "--dry-run")
+    assert dry.returncode == 0, dry.stderr
+    assert set(re.findall(r"^(?:local)?rule (\S+):", dry.stdout + dry.stderr, re.M)) == {"all", *todo} and not list(unscored.rglob("rows.csv"))
+    done = snakemake(root, path)
+    assert done.returncode == 0, done.stderr
+    pd.testing.assert_frame_equal(rows(unscored), rows(undisturbed))
+    assert "Nothing to be done" in (again := snakemake(root, path)).stdout + again.stderr
