@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'Folder', 'data_app', 'Name', 'Source', 'home', 'table_notebook', 'parse_setting', 'words', 'parameters_of',
-           'settle', 'execute', 'terminate_as_interrupt', 'fail', 'list_tables', 'parts_of', 'run', 'measure', 'report',
-           'recipe_of', 'list_data', 'get', 'prepare', 'check', 'show']
+           'settle', 'execute', 'terminate_as_interrupt', 'fail', 'list_tables', 'parts_of', 'run', 'measure', 'bench',
+           'report', 'recipe_of', 'list_data', 'get', 'prepare', 'check', 'show']
 
 # %% ../nbs/49_cli.ipynb #73c87170
 from pathlib import Path
@@ -186,6 +186,26 @@ def measure(
     except (ValueError, FileNotFoundError) as e: fail(e)
     for table in tables_of(rows): typer.echo(table.to_string() + "\n")
     typer.echo(run.folder / f"{'-'.join(['rows', *chosen])}.csv")
+
+@app.command()
+def bench(
+    dataset: Annotated[str, typer.Argument(help="A data set; `mld list` shows them.")] = "polydigits",
+    preset: Annotated[str, typer.Option(help="Whose network and batch are measured.")] = "laptop",
+    out: Annotated[Path, typer.Option(help="Where the rows go.")] = Path("runs"),
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1...")] = "auto",
+    data: Folder = None,
+    rounds: Annotated[int, typer.Option(help="How often everything is measured; medians count.")] = 15,
+    compile: Annotated[bool, typer.Option(help="Measure the compiled network, too, which takes minutes the first time.")] = True,
+) -> None:
+    "Measure what a training step and a sample cost here, beside what the machine could do at best."
+    from mld.bench import bench_rows, growth_table, sampling_table, step_table
+    from mld.experiment import Setup
+    try:
+        run = Setup(dataset, preset, out=out, device=device, data=str(data.absolute()) if data else None, table="speed")
+        rows = bench_rows(run, rounds, compile)
+    except (ValueError, FileNotFoundError) as e: fail(e)
+    for table in (step_table(rows), sampling_table(rows), growth_table(rows)): typer.echo(table.to_string() + "\n")
+    typer.echo(run.folder / "rows.csv")
 
 @app.command()
 def report(

@@ -192,7 +192,7 @@ def mlp_unet(
 NETS: dict[str, Callable[..., nn.Module]] = {"mlp_unet": mlp_unet, "token_transformer": TokenTransformer}  # (sizes, **args) -> network
 
 # %% ../nbs/03_nets.ipynb #93f3505c
-WORTH = {"cpu": 4e12, "cuda": 4e13}  # parameters x samples from which on compiling pays: on a CPU as measured, on a GPU a guess; elsewhere it never does
+WORTH = {"cpu": 6e12, "cuda": 6e13}  # parameters x samples from which on compiling pays: measured, and a guess; elsewhere it never does
 
 def compiling_pays(
     net: nn.Module,
@@ -200,22 +200,24 @@ def compiling_pays(
     ask: bool | None = None,   # decides; else the environment's MLD_COMPILE, if it is 0 or 1; else the estimate
 ) -> bool:
     "Does compiling save more time than it takes?"
-    if ask is None and (said := os.environ.get("MLD_COMPILE")) in ("0", "1"): return said == "1"
-    if ask is None: return any(samples * n_params(net) > WORTH.get(p.device.type, math.inf) for p in net.parameters())
-    return ask
+    if ask is not None: return ask
+    if (said := os.environ.get("MLD_COMPILE")) in ("0", "1"): return said == "1"
+    kinds = {p.device.type for p in net.parameters()}
+    return samples * n_params(net) > min((WORTH.get(kind, math.inf) for kind in kinds), default=math.inf)
 
 # %% ../nbs/03_nets.ipynb #86edc70e
 def compiled(
     net: nn.Module,
     *example: Tensor,      # what it is tried on
     dynamic: bool = False, # for any number of rows, and not this one only
+    mode: str = "default", # of `torch.compile`; "reduce-overhead" makes CUDA graphs
 ) -> Callable:             # what the network does
     "The network's forward pass, compiled; the network itself, with a warning, where that fails."
-    fast = torch.compile(net.forward, dynamic=dynamic)
+    fast = torch.compile(net.forward, dynamic=dynamic, mode=mode)
     try:
         out = fast(*example)
         if out.requires_grad: torch.autograd.grad(out.sum(), list(net.parameters()), allow_unused=True)
     except Exception as e:
         warnings.warn(f"the network is not compiled, which costs time and changes nothing else: {str(e).strip().splitlines()[0]}")
         return net
-    return fast
+    return fast if mode == "default" else lambda *args: fast(*args).clone()  # a graph writes all its answers to one place

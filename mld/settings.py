@@ -229,7 +229,7 @@ TABLES: dict[str, Table] = {
     "cost": Table(("mnist_svhn", "mhd", "polymnist"), {**METHODS, **VAES}),
     "autoencoders": Table(tuple(name for name in PRESETS if name != "toy"), {"ours": {"autoencoders": "ours", "ae_noise": .3}, "paper": {"autoencoders": "paper", "ae_noise": 0.}}),
     **dict.fromkeys(("samplers", "recipe", "guidance", "partitions", "p_joint_and_time", "one_or_many", "incomplete"), Table(LABELLED)),
-    "scores": Table(("toy",)), "baselines": Table(LABELLED[1:])}
+    "scores": Table(("toy",)), "baselines": Table(LABELLED[1:]), "speed": Table(tuple(PRESETS))}
 
 # %% ../nbs/40_settings.ipynb #a948831b
 TINY = dict(n_train=500, n_val=60, n_test=60, ae_steps=10, ae_batch=32, clf_steps=10, clf_batch=32, width=32, groups=4, time_width=16,

@@ -104,7 +104,7 @@ def used_modules(path, root):
 
 def test_imports_go_one_way(root):
     order = ["modality", "sde", "toy", "nets", "denoiser", "guidance", "samplers", "training", "autoencoders", "model", "data", "vision", "metrics", "baselines",
-             "settings", "stages", "experiment", "measure", "report", "layout", "page", "cli"]
+             "settings", "stages", "experiment", "measure", "report", "layout", "page", "bench", "cli"]
     found = 0
     for path in (root / "mld").rglob("*.py"):
         here = path.relative_to(root / "mld").with_suffix("").parts[0]

@@ -1,5 +1,6 @@
 "Faster ways to the same numbers: compiled, in 16 bits; and what happens where they are not to be had."
 import os
+import resource
 import subprocess
 import sys
 from functools import partial
@@ -8,12 +9,15 @@ import pytest
 import torch
 from torch import nn
 
+from mld.bench import Machine, bench_rows, count_calls, floor_ms, step_table, step_work
+from mld.experiment import Setup, make_run
 from mld.guidance import Guidance
 from mld.modality import Modality, register_architecture
-from mld.model import MLD
+from mld.model import MLD, fit_together
 from mld.nets import NETS, compiled, compiling_pays
 from mld.samplers import SAMPLERS
-from mld.training import Training
+from mld.stages import ROW
+from mld.training import Diverged, Trainer, Training
 
 
 class Small(nn.Module):
@@ -71,7 +75,6 @@ def test_a_training_in_16_bits_is_nearly_the_same(plain):
 
 
 def test_a_compiled_training_can_be_killed_and_goes_on(plain, tmp_path):
-    from mld.training import Trainer
     model, step = new_model(), Trainer.one_step
 
     def killed(self, index):
@@ -134,6 +137,16 @@ def test_without_a_compiler_everything_goes_on_as_it_is(root, tmp_path):
     assert done.stdout.count("the network is not compiled") >= 1, done.stdout
 
 
+def test_a_mode_of_compiling_changes_no_number():
+    "The mode that makes CUDA graphs on a GPU; elsewhere it makes none, and what comes out is still a copy."
+    net, x = nn.Sequential(nn.Linear(3, 4), nn.SiLU()), torch.randn(5, 3)
+    with torch.no_grad():
+        fast = compiled(net, x, mode="reduce-overhead")
+        first, second = fast(x), fast(2 * x)
+        torch.testing.assert_close(first, net(x)), torch.testing.assert_close(second, net(2 * x))
+    assert fast is not net
+
+
 def test_compiling_is_for_long_work_and_the_environment_may_decide(monkeypatch):
     net = nn.Linear(1000, 1000)
     monkeypatch.delenv("MLD_COMPILE", raising=False)
@@ -151,3 +164,68 @@ def test_memory_that_runs_out_is_no_missing_compiler():
     class Full(nn.Module):
         def forward(self, z_t, t): raise torch.OutOfMemoryError("pretend")
     with pytest.warns(UserWarning, match="not compiled"): assert isinstance(compiled(Full(), torch.zeros(2, 3), torch.zeros(2, 1)), Full)
+
+
+TOY = dict(n_train=500, n_val=60, n_test=60, width=32, groups=4, time_width=16, steps=20, warmup=2, batch_size=64, n_joint=30, n_given=20)
+
+
+def test_a_run_can_ask_for_samples_in_16_bits(tmp_path):
+    ways = {"dpm": {"steps": 3}, "dpm bf16": {"sampler": "dpm", "steps": 3, "precision": "bf16"}}
+    run = make_run("toy", out=tmp_path, overrides=TOY | {"samplers": ways}, device="cpu", progress=False)
+    given = run.data.names[:1]
+    plain, rough = (run.samples(name, tuple(given)) for name in ways)
+    mine = run.model.denoiser.owner == 0
+    assert torch.equal(plain.tensors["z"][:, mine], rough.tensors["z"][:, mine]) and not torch.equal(plain.tensors["z"], rough.tensors["z"])
+    assert plain.info["nfe"] == rough.info["nfe"] == 3 and plain.key != rough.key
+
+
+@pytest.mark.parametrize("draw, ema", [("sample", .9), ("batch", None)])
+def test_seeds_that_learn_together_end_where_each_ends_alone(draw, ema):
+    how, seeds = Training(40, 32, lr=1e-2, warmup=5, cooldown=.5, clip=.5, ema=ema), [3, 4, 7]
+    models = [[new_model("mlp_unet", width=16, time_width=8, groups=2) for _ in seeds] for _ in range(2)]
+    histories = [model.fit(latents(), how, seed=seed, draw=draw, progress=False) for model, seed in zip(models[0], seeds)]
+    losses = fit_together(models[1], latents(), how, seeds, draw=draw, progress=False)
+    for alone, together in zip(*models):
+        for a, b in zip(alone.parameters(), together.parameters()): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    last = torch.stack([torch.tensor([h[-1][name] for name in "abc"]) for h in histories])  # means of the last ten steps
+    torch.testing.assert_close(losses[-10:].mean(0), last, rtol=1e-3, atol=1e-3)
+
+
+def test_a_seed_that_diverges_among_others_is_named():
+    models = [new_model() for _ in range(2)]
+    with torch.no_grad(): models[1].denoiser.net.out.weight.fill_(float("nan"))
+    with pytest.raises(Diverged, match="a loss of seed 9 is not finite"): fit_together(models, latents(), Training(2, 16), [8, 9], progress=False)
+
+
+def test_bench_writes_rows_of_the_usual_form(tmp_path):
+    run = Setup("toy", out=tmp_path, overrides=TOY, device="cpu", table="speed")
+    rows = bench_rows(run, rounds=1, compile=False, n=10, grow={"modalities": (2, 4), "samples": (5, 10)})
+    assert list(rows) == ROW and (rows.value > 0).all() and (run.folder / "rows.csv").exists()
+    assert set(rows.metric) == {"step ms", "floor ms", "samples a second", "call ms", "Gflop a second", "GB a second", "peak MB"}
+    table = step_table(rows)
+    assert (table.share < 1).all() and list(table.index.get_level_values("variant")) == ["fp32", "bf16", "as published", "fp32, 4 seeds"]
+
+
+def test_the_floor_is_arithmetic_and_memory():
+    "A million weights, 100 samples: 6e8 operations and 12 numbers of 4 bytes a weight."
+    assert step_work(10**6, 100) == (6e8, 4.8e7)
+    assert floor_ms(Machine(1e9, {"bf16": 1e12}), 10**6, 100, "bf16") == pytest.approx(.6 + 48)
+
+
+@pytest.mark.parametrize("sampler, options, calls", [("repaint", {"steps": 250, "length": 10, "passes": 10}, 2410), ("heun", {"steps": 5}, 9)])
+def test_calls_are_counted_by_walking(sampler, options, calls):
+    assert count_calls(new_model(), sampler, options) == calls
+
+
+def cpu_seconds(*command):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_starting_is_quick():
+    "In processor time, since other programs may be running: importing the kit after torch, and the help of the command."
+    torch_alone, all_of_it = (cpu_seconds(sys.executable, "-c", f"import {name}") for name in ("torch", "mld.experiment"))
+    assert all_of_it - torch_alone < 1.5
+    assert cpu_seconds(os.path.join(os.path.dirname(sys.executable), "mld"), "--help") < 1
