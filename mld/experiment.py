@@ -28,7 +28,7 @@ from .modality import Modality, lookup, subsets
 from .model import MLD, encode_all
 from .nets import n_params
 from .settings import PROTOCOLS, TABLES, Protocol, settings_for
-from .stages import Stage, key_of, run_stage, stage_file
+from .stages import Stage, key_of, planning, run_stage, stage_file
 from .training import Training, atomic, side_by_side
 
 # %% ../nbs/42_experiment.ipynb #39ad6929
@@ -68,7 +68,8 @@ class Setup:
         case = [as_file_name(part) for part in (dataset if table else "", source, variant) if part]
         self.folder = Path(out).absolute() / self.table / "-".join([*case, self.preset, f"seed{seed}"])
         config = {"origin": self.origin, "settings": asdict(self.settings), "version": mld.__version__}
-        with atomic(self.folder / "config.json") as part: part.write_text(json.dumps(config, indent=1))
+        if not planning():
+            with atomic(self.folder / "config.json") as part: part.write_text(json.dumps(config, indent=1))
 
     def pick(self, *names: str) -> dict:
         "Some settings, as part of a stage's key."
@@ -207,7 +208,7 @@ def each(
     plans = {m.name: getattr(run, kind)(m, run.device) for m in run.data.modalities}
     missing = [name for name, (stage, settings, _) in plans.items() if not stage_file(run.stages, stage, settings).exists()]
     worth_it = all(plans[name][1]["steps"] >= 300 for name in missing)  # a process takes some seconds to start
-    if worth_it and len(missing) > 1:
+    if worth_it and len(missing) > 1 and not planning():
         side_by_side([partial(make_stage, type(run), run.origin, kind, name) for name in missing], devices(run.device))
     return {name: run_stage(run.stages, *plan) for name, plan in plans.items()}
 
@@ -281,9 +282,8 @@ AROUND = ("guidance", "autoguidance", "interval")  # options of a sampler that a
 
 class Run(Encoded):
     "An experiment with a score network, samples, rows and figures: one line of a table."
-    @cached_property
-    def score(self) -> Stage:
-        "The score network: weights, and its losses as `info['history']`."
+    def score_network(self) -> tuple:
+        "Name, settings and making of the stage of the score network: its weights, and its losses as `info['history']`."
         how, recipe = self.training("score"), self.recipe
         def make(folder):
             z = self.latents.tensors["train"].to(self.device)
@@ -293,7 +293,10 @@ class Run(Encoded):
         missing = self.pick("missing") if self.settings.missing else {}
         settings = {"latents": self.latents.key, "seed": self.seed, **recipe, **missing, **asdict(how),
                     **self.pick("net", "predict", "process", *NET_SETTINGS[self.settings.net])}
-        return run_stage(self.stages, "score", settings, make)
+        return "score", settings, make
+
+    @cached_property
+    def score(self) -> Stage: return run_stage(self.stages, *self.score_network())
 
     @property
     def recipe(self) -> dict:

@@ -173,7 +173,8 @@ class Diverged(RuntimeError):
 # %% ../nbs/06_training.ipynb #9732777a
 class Trainer:
     "Minimise a loss over data in memory; see `train`."
-    look = 10  # steps between looks at the losses, of which the history notes some
+    look = 10      # steps between looks at the losses, of which the history notes some
+    writes = True  # does this process write checkpoints?
 
     def __init__(
         self,
@@ -253,7 +254,7 @@ class Trainer:
 
     def save(self) -> None:
         "Write a checkpoint, if there is a folder for it."
-        if self.folder: save_checkpoint(self.folder, self.state(), self.step)
+        if self.folder and self.writes: save_checkpoint(self.folder, self.state(), self.step)
 
     def run(
         self,

@@ -40,7 +40,7 @@ def test_run_from_any_folder_leaves_everything_in_out(tiny, tmp_path, root):
 
 
 @pytest.mark.parametrize("args, why", [
-    (["run", "polydigit"], "unknown table 'polydigit'; known: polydigits"),
+    (["run", "polydigit"], "unknown table 'polydigit'; known: ablation_p_joint"),
     (["run", "polydigits", "--preset", "labtop"], "unknown preset 'labtop'; known: smoke, laptop, best, paper"),
     (["run", "polydigits", "--set", "step=5"], "unknown setting 'step'; known: dataset, source"),
     (["run", "polydigits", "--set", "steps=many"], "setting 'steps' is int"),

@@ -104,7 +104,7 @@ def used_modules(path, root):
 
 def test_imports_go_one_way(root):
     order = ["modality", "sde", "toy", "nets", "denoiser", "guidance", "samplers", "training", "autoencoders", "model", "data", "vision", "metrics", "baselines",
-             "settings", "stages", "experiment", "measure", "report", "layout", "page", "bench", "cli"]
+             "settings", "stages", "experiment", "measure", "report", "layout", "page", "notebooks", "distributed", "plan", "batch", "bench", "cli"]
     found = 0
     for path in (root / "mld").rglob("*.py"):
         here = path.relative_to(root / "mld").with_suffix("").parts[0]
@@ -116,8 +116,8 @@ def test_imports_go_one_way(root):
 
 def test_every_import_is_a_requirement(root):
     project = pyproject(root)["project"]
-    wanted = {re.split(r"[><=]", d)[0] for d in project["dependencies"] + [d for name in ("baselines", "clip") for d in project["optional-dependencies"][name]]}
-    called = {"PIL": "pillow", "huggingface_hub": "huggingface-hub", "pytorch_fid": "pytorch-fid", "sklearn": "scikit-learn"}
+    wanted = {re.split(r"[><=]", d)[0] for d in project["dependencies"] + [d for name in ("baselines", "clip", "cluster") for d in project["optional-dependencies"][name]]}
+    called = {"PIL": "pillow", "huggingface_hub": "huggingface-hub", "lightning_fabric": "lightning-fabric", "pytorch_fid": "pytorch-fid", "sklearn": "scikit-learn"}
     for path in (root / "mld").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
