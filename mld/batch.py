@@ -148,6 +148,8 @@ class Batch:
 
     def start(self, job: Job) -> None:
         "Give a job to a worker that has none."
+        for worker in [w for w in self.workers if not w.job and w.process.exitcode is not None]:  # killed while it had nothing to do
+            self.workers.remove(worker), self.free.append(worker.device)
         worker = next((w for w in self.workers if not w.job), None) or self.hire()
         worker.job, worker.started = job, time.monotonic()
         self.logs.mkdir(parents=True, exist_ok=True)
@@ -169,6 +171,7 @@ class Batch:
     def tell(self, name: str, state: str, more: str = "") -> None:
         "Note what has become of a job, and say it: failures always, the rest where there is no bar."
         self.state[name] = state
+        self.bar.n = self.count("done")
         line = f"{self.count('done')}/{len(self.jobs)} {state}: {name}{more}"
         if self.bar.disable: print(line, file=sys.stderr, flush=True)
         elif state == "failed" or more and state == "waiting": self.bar.write(line, file=sys.stderr)
@@ -187,7 +190,6 @@ class Batch:
         "Draw the bar: how many jobs are running and failed, the time left, and what the oldest says."
         if self.bar.disable or not self.busy: return
         name = min(self.busy, key=lambda worker: worker.started).job.name
-        self.bar.n = self.count("done")
         said = last_said(self.log(name)) if self.log(name).exists() else ""
         self.bar.set_postfix_str(f"{len(self.busy)} running, {self.count('failed')} failed, {self.left()}; {name.rpartition('-')[0]}: {said}")
 

@@ -12,7 +12,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+import mld.batch
 import toy_batch  # registers its tables here, too
+from mld.batch import summary
 from mld.plan import as_json, from_json, make, plan
 from mld.settings import TINY
 
@@ -110,39 +112,41 @@ def test_rows_older_than_their_stage_are_written_again(undisturbed, tmp_path):
 
 def test_what_is_done_is_not_done_again(undisturbed):
     before = {p: p.stat().st_mtime for p in undisturbed.rglob("*") if p.is_file()}
-    code, said, _ = reproduce(undisturbed, "toy")
-    assert code == 0 and said.startswith("11 jobs: 11 done")
+    batch = mld.batch.reproduce(["toy"], jobs=1, **here(undisturbed))
+    assert summary(batch) == "11 jobs: 11 done" and not batch.workers
     assert {p: p.stat().st_mtime for p in undisturbed.rglob("*") if p.is_file()} == before
 
 
-def test_a_killed_worker_is_tried_again(unscored, undisturbed):
-    job = start("reproduce", "toy", "--out", unscored, "--jobs", 1, *OPTIONS, slow=.1)
-    wait_for("stages/score-*/checkpoints/0000000*.pt", unscored, job)
-    pid, = workers(job)
-    os.kill(pid, signal.SIGKILL)
-    said, why = job.communicate()
-    assert job.returncode == 0, why
-    assert "its process ended with -9" in why and said.startswith("11 jobs: 11 done")
-    pd.testing.assert_frame_equal(rows(unscored), rows(undisturbed))
-    assert not list(unscored.rglob("*.part"))
-
-
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_stopped_it_leaves_no_process_and_goes_on(how, unscored, undisturbed):
-    job = start("reproduce", "toy", "--out", unscored, "--jobs", 1, *OPTIONS, slow=.1)
-    wait_for("stages/score-*/checkpoints/0000000*.pt", unscored, job)
-    pid, = workers(job)
-    job.send_signal(how)
-    _, why = job.communicate()
-    assert job.returncode == (-9 if how == signal.SIGKILL else 130), why
-    deadline = time.monotonic() + 20
+def ends(pid):
+    deadline = time.monotonic() + 60
     while Path(f"/proc/{pid}").exists() and "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text():
         assert time.monotonic() < deadline, "a worker outlived its parent"
         time.sleep(.05)
+
+
+def test_a_killed_worker_is_tried_again_and_a_stopped_batch_goes_on(unscored, undisturbed):
+    job = start("reproduce", "toy", "--out", unscored, "--jobs", 1, *OPTIONS, slow=.2)
+    wait_for("stages/score-*/checkpoints/0000000*.pt", unscored, job)
+    pid, = workers(job)
+    os.kill(pid, signal.SIGKILL)
+    wait_for("stages/score-*/checkpoints/00000001[2-9]*.pt", unscored, job)  # it has gone on
+    pid, = workers(job)
+    job.send_signal(signal.SIGTERM)
+    _, why = job.communicate()
+    assert job.returncode == 130 and "its process ended with -9" in why and "the same command goes on" in why, why
+    ends(pid)
     assert not list(unscored.rglob("*.part")) and not list(unscored.rglob("rows.csv"))
-    if how == signal.SIGTERM:
-        assert reproduce(unscored, "toy")[0] == 0
-        pd.testing.assert_frame_equal(rows(unscored), rows(undisturbed))
+    assert reproduce(unscored, "toy")[0] == 0
+    pd.testing.assert_frame_equal(rows(unscored), rows(undisturbed))
+
+
+def test_workers_end_with_their_parent(unscored):
+    job = start("reproduce", "toy", "--out", unscored, "--jobs", 1, *OPTIONS, slow=.2)
+    wait_for("stages/score-*/checkpoints/0000000*.pt", unscored, job)
+    pid, = workers(job)
+    job.kill()
+    ends(pid)
+    assert not list(unscored.rglob("*.part"))
 
 
 def test_two_at_once_do_each_job_once(unscored, undisturbed):
