@@ -102,7 +102,7 @@ PAPER = replace(
     steps=468_000, batch_size=256, lr=1e-4, warmup=0, cooldown=0., clip=None, precision="fp32",
     samplers={"repaint": {"steps": 250, "length": 10, "passes": 10}, "em": {"steps": 250}}, n_joint=3584, n_given=3584, protocol="paper")
 TOY = replace(LAPTOP, dataset="toy", width=104, time_width=64, steps=4000, batch_size=256, lr=2e-3, precision="fp32", n_joint=2000, n_given=1000,
-              metrics=["coherence", "energy", "fmd", "diversity"])
+              given=[[], ["z0"], ["z1"], ["z2"]], metrics=["coherence", "energy", "fmd", "diversity"])
 
 def at_length(
     laptop: Settings,
