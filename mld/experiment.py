@@ -491,7 +491,7 @@ def runs_of(
             for dataset in where for name, vary in chosen.items() for seed in seeds]
 
 # %% ../nbs/42_experiment.ipynb #5bcab90a
-PARAMETERS = ("preset", "seed", "out", "device", "data", "overrides")  # what a notebook of one seed takes
+PARAMETERS = ("preset", "seed", "source", "out", "device", "data", "overrides")  # what a notebook of one seed takes
 
 def parameters_in(
     namespace: Mapping,                    # `globals()` of a notebook, straight after its parameters
