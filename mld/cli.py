@@ -174,10 +174,6 @@ def report(
         for part in tables_of(group): typer.echo(part.to_string() + "\n")
 
 # %% ../nbs/59_cli.ipynb #1ece4ddc
-def words(text: str) -> list[str]:
-    "`a,b` as a list; nothing for an empty text."
-    return [word.strip() for word in text.split(",") if word.strip()]
-
 def numbers(text: str) -> list[int]:
     "`0,3` or `0-4` as numbers."
     try: return [n for word in words(text) for a, dash, b in [word.partition("-")] for n in range(int(a), int(b if dash else a) + 1)]

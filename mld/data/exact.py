@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from .dataset import DataSet, Split, register_dataset
 from ..denoiser import Denoiser
-from ..modality import Modality, register_architecture
+from ..modality import Modality, owners, register_architecture
 from ..model import MLD
 from ..sde import VPProcess
 from ..toy import ExactEps, Mixture, mode_log_probs
@@ -70,7 +70,7 @@ class Standardised(nn.Module):
     "Predicts the noise in standardised latents of a mixture exactly."
     def __init__(self, mixture: Mixture, mean: Tensor, std: Tensor, process: VPProcess):
         super().__init__()
-        self.means = [(mu - m) / s for mu, m, s in zip(mixture.means, mean.split(mixture.sizes), std.split(mixture.sizes))]
+        self.means = [(mu.to(m) - m) / s for mu, m, s in zip(mixture.means, mean.split(mixture.sizes), std.split(mixture.sizes))]
         self.widths, self.process, self.sizes = [mixture.std / s for s in std.split(mixture.sizes)], process, mixture.sizes
 
     def forward(self, z_t: Tensor, t: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class Standardised(nn.Module):
             parts.append((x, mu, alpha_t, sigma_t, var, log_mode.softmax(2)))
         p_class = log_class.softmax(1)[..., None]
         out = [sigma_t * (x - alpha_t * torch.einsum("bck,ckd->bd", p_class * p_mode, mu)) / var for x, mu, alpha_t, sigma_t, var, p_mode in parts]
-        return torch.where((t > 0).repeat_interleave(torch.tensor(self.sizes), 1), torch.cat(out, 1), 0.)
+        return torch.where((t > 0)[:, owners(self.sizes).to(t.device)], torch.cat(out, 1), 0.)
 
 def exact_denoiser(
     model: MLD,    # of the data set `toy`, with its latent statistics
