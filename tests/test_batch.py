@@ -208,7 +208,7 @@ def test_mistakes_are_refused_before_anything_runs(args, why, tmp_path):
 def test_data_that_is_not_prepared_comes_first(tmp_path, monkeypatch):
     monkeypatch.setenv("MLD_PREPARED", str(tmp_path / "prepared"))
     jobs = plan(["variants"], ["MLD"], datasets=["mhd"], **here(tmp_path / "runs") | {"overrides": {}, "data": str(tmp_path)})
-    assert [job.kind for job in jobs] == ["data", "rows"] and jobs[1].needs == (jobs[0].name,)
+    assert [job.kind for job in jobs] == ["data", "rows", "notebook"] and jobs[1].needs == (jobs[0].name,)
     with pytest.raises(FileNotFoundError, match="is not there"):
         make(jobs[0], "cpu")
 

@@ -61,7 +61,7 @@ def test_plain_papermill_with_a_mistyped_parameter_fails(tmp_path):
 def test_papermill_documents_the_parameters():
     known = papermill.inspect_notebook(str(table_notebook("polydigits")))
     assert {k: v["inferred_type_name"] for k, v in known.items()} == {
-        "preset": "str", "seed": "int", "out": "str", "device": "str", "data": "str", "overrides": "dict"}
+        "preset": "str", "seed": "int", "source": "str", "out": "str", "device": "str", "data": "str", "overrides": "dict"}
     assert all(v["help"] for v in known.values())
 
 
