@@ -13,18 +13,29 @@ import pandas as pd
 import pytest
 
 import mld.batch
-import toy_batch  # registers its tables here, too
 from mld.batch import summary
+from mld.data import polydigits
 from mld.plan import as_json, from_json, make, plan
-from mld.settings import TINY
+from mld.settings import TABLES, TINY
 
 SAME = ["dataset", "model", "variant", "metric", "given", "target", "value", "seed", "n", "sampler", "nfe"]
 OPTIONS = ["--device", "cpu", *[a for k, v in TINY.items() for a in ("--set", f"{k}={v}")]]
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+TOY = Path(__file__).with_name("toy_batch.py")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def toy_tables():
+    "The tables and the data of `toy_batch` are those of this process, too, as long as these tests run."
+    tables, digits, grounds = dict(TABLES), polydigits.digits, polydigits.grounds
+    import toy_batch  # noqa: F401
+    yield
+    TABLES.clear(), TABLES.update(tables)
+    polydigits.digits, polydigits.grounds = digits, grounds
 
 
 def start(*args, slow=0.):
-    return subprocess.Popen([sys.executable, toy_batch.__file__, *map(str, args)], env=ENV | {"MLD_TOY_SLOW": str(slow)},
+    return subprocess.Popen([sys.executable, TOY, *map(str, args)], env=ENV | {"MLD_TOY_SLOW": str(slow)},
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -221,7 +232,7 @@ def test_two_processes_train_the_score_network_that_one_does(unscored, tmp_path)
     path, other = tmp_path / "plan.json", tmp_path / "other"
     path.write_text(as_json([job]))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*torchrun, toy_batch.__file__, "job", job.name, "--plan", path, "--device", "cpu"], env=ENV, capture_output=True, text=True)
+    done = subprocess.run([*torchrun, TOY, "job", job.name, "--plan", path, "--device", "cpu"], env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     together, config = load_weights(job.file)
     Path(job.file).rename(other)
@@ -246,7 +257,7 @@ def snakemake(root, plan_file, *args):
     if not command:
         pytest.skip("snakemake is not installed: pip install 'mld[cluster]'")
     return subprocess.run([command, "--snakefile", root / "workflow" / "Snakefile", "--profile", root / "workflow" / "profiles" / "local", "--cores", "1", *args,
-                           "--config", f"plan={plan_file}", f"mld={sys.executable} {toy_batch.__file__}", "device=cpu"],
+                           "--config", f"plan={plan_file}", f"mld={sys.executable} {TOY}", "device=cpu"],
                           cwd=Path(plan_file).parent, env=ENV, capture_output=True, text=True)
 
 
