@@ -215,9 +215,9 @@ def peak_mb(
     "The most memory that was in use since the process began, in MB: the GPU's, or else the whole process's."
     return torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
-def new_model(run: Setup, **changes) -> MLD:
+def new_model(run: Setup) -> MLD:
     "An untrained model at the settings of a run."
-    return MLD(run.data.modalities, **{**run.pick("net", "predict", "process", *NET_SETTINGS[run.settings.net]), **changes}).to(run.device)
+    return MLD(run.data.modalities, **run.net_args).to(run.device)
 
 def step_rows(
     run: Setup,

@@ -9,9 +9,8 @@ __all__ = ['show_states', 'made', 'show_growth', 'show_maps', 'show_score_errors
 from collections.abc import Mapping, Sequence
 import pandas as pd
 import torch
-from torch import Tensor
 from .denoiser import DRAWS, Denoiser
-from .report import BOUNDS, in_percent
+from .report import BOUNDS, how_many, in_percent
 from .sde import logit_normal
 
 # %% ../nbs/45_figures.ipynb #6977a03d
@@ -32,7 +31,7 @@ def show_states(
 def made(rows: pd.DataFrame) -> pd.DataFrame:
     "Rows of samples, fractions in percent, with their `case`: joint, or how much was given; of coherence only what the case is judged by."
     rows = in_percent(rows[~rows.model.isin(BOUNDS)])
-    rows = rows.assign(case=[f"{g.count(',') + 1} given" if g else "joint" for g in rows.given])
+    rows = rows.assign(case=how_many(rows.given))
     return rows[(rows.metric != "coherence") | ((rows.case == "joint") == (rows.target == "joint"))]
 
 def show_growth(
@@ -75,7 +74,7 @@ def show_maps(
 def show_score_errors(rows: pd.DataFrame):
     "Errors of the score over t, a panel a number of given modalities; returns the axes."
     import seaborn as sns
-    rows = rows.assign(t=rows.metric.str.split("t=").str[1].astype(float), case=[f"{g.count(',') + 1} given" if g else "joint" for g in rows.given])
+    rows = rows.assign(t=rows.metric.str.split("t=").str[1].astype(float), case=how_many(rows.given))
     grid = sns.relplot(rows, x="t", y="value", hue="variant", col="case", kind="line", errorbar=None, marker="o", height=2.6)
     grid.set(yscale="log", ylabel="score error"), grid.set_titles("{col_name}")
     return grid.axes

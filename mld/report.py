@@ -216,7 +216,7 @@ def show_cross(
     made = run.generated(sampler, (given,), n)
     first = replace(next(m for m in run.data.modalities if m.name == given), name=f"given {given}")
     return draw({first.name: run.conditions([given])[given], **made},
-                       [first, *(m for m in run.data.modalities if m.name != given)], n, titles=run.labels[:n].tolist() if run.has_classes else None)
+                [first, *(m for m in run.data.modalities if m.name != given)], n, titles=run.labels[:n].tolist() if run.has_classes else None)
 
 def show_failures(
     run: Run | BaselineRun,
@@ -243,7 +243,7 @@ def show_least(
     least = scores.argsort()[:n]
     first = replace(next(m for m in run.data.modalities if m.name == given), name=f"given {given}")
     return draw({first.name: run.conditions([given])[given][least], **{k: x[least.to(x.device)] for k, x in made.items()}},
-                       [first, *run.data.modalities], n, titles=[f"{v:.2f}" for v in scores[least].tolist()])
+                [first, *run.data.modalities], n, titles=[f"{v:.2f}" for v in scores[least].tolist()])
 
 def caption_table(
     runs: Sequence[Run | BaselineRun],

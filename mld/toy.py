@@ -8,6 +8,7 @@ __all__ = ['Mixture', 'mode_log_probs', 'class_log_probs', 'log_prob', 'classify
 
 # %% ../nbs/02_toy.ipynb #299dcf1a
 from collections.abc import Sequence
+from copy import copy
 import math
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ class Mixture:
         g = torch.Generator().manual_seed(seed)
         self.sizes, self.std, self.n_classes, self.n_modes = tuple(sizes), std, n_classes, n_modes
         self.means = [s * torch.randn(n_classes, n_modes, d, generator=g) for d, s in zip(sizes, spread)]
+        self.widths = [torch.full((d,), std) for d in sizes]  # standard deviation of each coordinate of a sub-mode
 
     def sample(
         self,
@@ -39,7 +41,18 @@ class Mixture:
         c = torch.randint(self.n_classes, (n,), generator=generator)
         modes = [torch.randint(self.n_modes, (n,), generator=generator) for _ in self.sizes]
         z = torch.cat([mu[c, k] for mu, k in zip(self.means, modes)], 1)
-        return z + self.std * torch.randn(z.shape, generator=generator), c
+        return z + torch.cat(self.widths) * torch.randn(z.shape, generator=generator), c
+
+    def standardised(
+        self,
+        mean: Tensor,  # of each coordinate, (D,)
+        std: Tensor,   # likewise
+    ) -> "Mixture":
+        "The law of (z - mean) / std: sub-modes moved, and no longer round."
+        other, shift, scale = copy(self), mean.split(self.sizes), std.split(self.sizes)
+        other.means = [(mu.to(m) - m) / s for mu, m, s in zip(self.means, shift, scale)]
+        other.widths = [width.to(s) / s for width, s in zip(self.widths, scale)]
+        return other
 
 # %% ../nbs/02_toy.ipynb #ff0e9d03
 def mode_log_probs(
@@ -50,11 +63,11 @@ def mode_log_probs(
 ) -> list[Tensor]:                     # per latent, (B, C, K)
     "$\\log p(z_t^m, k \\mid c)$: log density of each noisy latent and each of its sub-modes, given each class."
     out = []
-    for m, (x, mu) in enumerate(zip(z_t.split(toy.sizes, 1), toy.means)):
-        alpha_t, sigma_t = process.alpha_sigma(t[:, m, None, None])
-        var = (alpha_t * toy.std).square() + sigma_t.square()
-        sq = (x[:, None, None] - alpha_t[..., None] * mu.to(x)).square().sum(-1)
-        out.append(-(sq / var + x.shape[1] * (2 * torch.pi * var).log()) / 2 - math.log(toy.n_modes))
+    for m, (x, mu, width) in enumerate(zip(z_t.split(toy.sizes, 1), toy.means, toy.widths)):
+        alpha_t, sigma_t = process.alpha_sigma(t[:, m, None, None, None])
+        var = (alpha_t * width.to(x)).square() + sigma_t.square()
+        sq = (x[:, None, None] - alpha_t * mu.to(x)).square()
+        out.append(-(sq / var + (2 * torch.pi * var).log()).sum(-1) / 2 - math.log(toy.n_modes))
     return out
 
 def class_log_probs(
@@ -102,9 +115,9 @@ def posterior_mean(
     modes = mode_log_probs(toy, z_t, t, process)
     p_class = sum(lp.logsumexp(2) for lp in modes).softmax(1)
     out = []
-    for m, (x, mu, lp) in enumerate(zip(z_t.split(toy.sizes, 1), toy.means, modes)):
-        alpha_t, sigma_t = process.alpha_sigma(t[:, m, None])
-        gain = alpha_t * toy.std**2 / ((alpha_t * toy.std).square() + sigma_t.square())
+    for m, (x, mu, width, lp) in enumerate(zip(z_t.split(toy.sizes, 1), toy.means, toy.widths, modes)):
+        (alpha_t, sigma_t), width = process.alpha_sigma(t[:, m, None]), width.to(x)
+        gain = alpha_t * width.square() / ((alpha_t * width).square() + sigma_t.square())
         mean = torch.einsum("bck,ckd->bd", p_class[..., None] * lp.softmax(2), mu.to(x))
         out.append(gain * x + (1 - gain * alpha_t) * mean)
     return torch.cat(out, 1)
@@ -125,7 +138,7 @@ class ExactEps(nn.Module):
         t: Tensor,    # (B, M)
     ) -> Tensor:      # (B, D); zero where t = 0
         "The expected noise."
-        alpha_t, sigma_t = self.process.alpha_sigma(t[:, owners(self.toy.sizes)])
+        alpha_t, sigma_t = self.process.alpha_sigma(t[:, owners(self.toy.sizes).to(t.device)])
         eps = (z_t - alpha_t * posterior_mean(self.toy, z_t, t, self.process)) / sigma_t
         return torch.where(sigma_t > 0, eps, 0.)
 
@@ -149,7 +162,7 @@ def moments(
               for mu in toy.means]
     mean = p_class @ centre
     between = (p_class[:, None] * (centre - mean)).T @ (centre - mean)
-    return mean, between + torch.block_diag(*within) + toy.std**2 * torch.eye(len(mean))
+    return mean, between + torch.block_diag(*within) + torch.cat(toy.widths).square().diag()
 
 # %% ../nbs/02_toy.ipynb #646d7121
 def energy_distance(
