@@ -804,6 +804,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mld.settings.at_length': ('settings.html#at_length', 'mld/settings.py'),
                               'mld.settings.budget': ('settings.html#budget', 'mld/settings.py'),
                               'mld.settings.compare_settings': ('settings.html#compare_settings', 'mld/settings.py'),
+                              'mld.settings.growing': ('settings.html#growing', 'mld/settings.py'),
                               'mld.settings.presets': ('settings.html#presets', 'mld/settings.py'),
                               'mld.settings.settings_for': ('settings.html#settings_for', 'mld/settings.py')},
             'mld.stages': { 'mld.stages.Asked': ('stages.html#asked', 'mld/stages.py'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AUTO', 'PROTOCOLS', 'LAPTOP', 'SMOKE', 'PAPER', 'TOY', 'PRESETS', 'SMALL', 'MIDDLE', 'LARGE', 'THEIRS', 'METHODS',
-           'VAES', 'LABELLED', 'TABLES', 'TINY', 'Settings', 'Protocol', 'Preset', 'at_length', 'budget', 'presets',
-           'settings_for', 'compare_settings', 'Table']
+           'VAES', 'LABELLED', 'TABLES', 'TINY', 'Settings', 'Protocol', 'Preset', 'at_length', 'budget', 'growing',
+           'presets', 'settings_for', 'compare_settings', 'Table']
 
 # %% ../nbs/40_settings.ipynb #636ac24b
 from collections.abc import Mapping
@@ -108,7 +108,7 @@ TOY = replace(LAPTOP, dataset="toy", width=104, time_width=64, steps=4000, batch
 
 def at_length(
     laptop: Settings,
-    **net,             # of the score network: width, time_width, groups
+    **net,             # of the score network: width, time_width, groups; and what else differs
 ) -> Settings:
     "The recipe of `laptop` for a GPU: eight times the training, larger networks, measured as the paper does."
     longer = lambda each: {name: {**its, "steps": 8 * its["steps"]} for name, its in each.items()}
@@ -133,6 +133,12 @@ def budget(
     "What differs for one modality: an entry of `Settings.ae` or `Settings.clf`."
     return {"steps": steps, "batch_size": batch_size, "lr": lr}
 
+def growing(
+    names: list[str],   # of modalities
+) -> list[list[str]]:   # subsets, from the empty one to all but the last
+    "Nothing given, the first modality, the first two, and so on: a line through the subsets, which double with every modality."
+    return [names[:n] for n in range(len(names))]
+
 def presets(
     dataset: str,
     paper: dict,     # `paper`: settings that are this data set's own
@@ -143,10 +149,11 @@ def presets(
 ) -> dict[str, Preset]:
     "The presets of a data set of the paper."
     here, little = {"dataset": dataset, "source": "open", **here}, budget(30, 32, 3e-3)
-    smoke = replace(SMOKE, **here, ae=dict.fromkeys(ae, little), clf=dict.fromkeys(clf, little))
-    laptop, net = replace(LAPTOP, **here, ae=ae, clf=clf), {k: paper[k] for k in SMALL}
+    given = growing(list(ae)) if len(ae) > 3 else []
+    smoke = replace(SMOKE, **here, given=given, ae=dict.fromkeys(ae, little), clf=dict.fromkeys(clf, little))
+    laptop, net = replace(LAPTOP, **here, given=given, ae=ae, clf=clf), {k: paper[k] for k in SMALL}
     return {"smoke": Preset(smoke, "2 minutes on 2 cores"), "laptop": Preset(laptop, expect),
-            "best": Preset(at_length(laptop, **net), "a GPU, minutes"), "paper": Preset(replace(PAPER, **here, **paper), "a GPU, days")}
+            "best": Preset(at_length(laptop, **net, given=[]), "a GPU, minutes"), "paper": Preset(replace(PAPER, **here, **paper), "a GPU, days")}
 
 # %% ../nbs/40_settings.ipynb #a8f366e1
 PRESETS["mnist_svhn"] = presets(
