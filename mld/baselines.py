@@ -385,7 +385,8 @@ def everywhere(**more) -> dict[str, dict]:
     "The laptop recipes for each data set, with more that all of them share."
     return {name: {**LAPTOP, "all": {**LAPTOP["all"], "weights": BALANCE.get(name), **more}} for name in (*PAPER, "celebamask_hq")}
 
-RECIPES = {"smoke": everywhere(steps=20, batch_size=32), "laptop": everywhere(), "best": everywhere(steps=4000), "paper": PAPER}  # preset -> data set -> baseline -> settings
+RECIPES = {"smoke": everywhere(steps=20, batch_size=32), "laptop": everywhere(), "best": everywhere(steps=4000)}  # preset -> data set -> baseline -> settings
+RECIPES["paper"] = {**RECIPES["best"], **PAPER}
 
 @dataclass(frozen=True)
 class Recipe:

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from mld import measure
+from mld.baselines import recipe
 from mld.cli import execute, parameters_of, table_notebook
 from mld.data.dataset import DATASETS
 from mld.data.files import RECIPES
 from mld.experiment import OpenTable, Run, table_folder
 from mld.measure import all_rows_of, measurable
-from mld.settings import TABLES, TINY
+from mld.settings import PRESETS, TABLES, TINY, settings_for
 from mld.stages import read_row_file
 
 STANDARD = {"source": "", "preset": "smoke", "models": [], "seeds": [0], "out": "runs", "device": "auto", "data": "", "overrides": {}}
@@ -57,6 +58,14 @@ def test_a_notebook_shows_its_result_twice_and_opens_its_own_table(name):
 def test_mistakes_are_refused_before_anything_runs(table, asked, settings, why):
     with pytest.raises(ValueError, match=why):
         parameters_of(table, asked, settings)
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_every_model_is_known_in_every_preset(name):
+    for dataset in TABLES[name].datasets:
+        for preset in PRESETS[dataset]:
+            for vary in TABLES[name].models.values():
+                if settings_for(dataset, preset, vary).model != "mld": assert recipe(dataset, preset, vary["model"]).how.steps > 0
 
 
 def test_what_differs_has_a_folder_of_its_own(tmp_path):
