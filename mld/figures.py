@@ -93,6 +93,6 @@ def show_fields(
         for ax, t in zip(line, times):
             state = torch.full_like(place, t)
             field = -denoiser.eps(place, state) / denoiser.scales(state)[1]
-            ax.quiver(*place.T, *field.T, field.norm(dim=1), cmap="viridis", angles="xy"), ax.set(title=f"{title}, t = {t:g}")
+            ax.quiver(*place.T, *field.T, field.norm(dim=1), cmap="viridis", angles="xy"), ax.set_title(f"{title}, t = {t:g}", fontsize=8)
     fig.tight_layout()
     return axes
