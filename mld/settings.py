@@ -145,13 +145,15 @@ def presets(
     ae: dict,        # `laptop`: modality -> budget of its autoencoder
     clf: dict,       # `laptop`: modality -> budget of its classifier
     expect: str,     # time that the autoencoders and classifiers of `laptop` take
+    auto: float = AUTO["autoguidance"],  # weight of autoguidance
     **here,          # settings that are this data set's own in all of them
 ) -> dict[str, Preset]:
     "The presets of a data set of the paper."
     here, little = {"dataset": dataset, "source": "open", **here}, budget(30, 32, 3e-3)
     given = growing(list(ae)) if len(ae) > 3 else []
-    smoke = replace(SMOKE, **here, n_train=1000, given=given, ae=dict.fromkeys(ae, little), clf=dict.fromkeys(clf, little))
-    laptop, net = replace(LAPTOP, **here, given=given, ae=ae, clf=clf), {k: paper[k] for k in SMALL}
+    guided = lambda base: {**base.samplers, "auto": {**base.samplers["auto"], "autoguidance": auto}}
+    smoke = replace(SMOKE, **here, n_train=1000, given=given, samplers=guided(SMOKE), ae=dict.fromkeys(ae, little), clf=dict.fromkeys(clf, little))
+    laptop, net = replace(LAPTOP, **here, given=given, samplers=guided(LAPTOP), ae=ae, clf=clf), {k: paper[k] for k in SMALL}
     return {"smoke": Preset(smoke, "2 minutes on 2 cores"), "laptop": Preset(laptop, expect),
             "best": Preset(at_length(laptop, **net, given=[]), "a GPU, minutes"), "paper": Preset(replace(PAPER, **here, **paper), "a GPU, days")}
 
@@ -174,7 +176,7 @@ for name, views in {"polymnist": 5, "polymnist10": 10}.items():
         name,
         {**LARGE, "p_joint": .8, "steps": 702_000, "batch_size": 256, "ae": dict.fromkeys(each, budget(140_400, 128, 1e-3))},
         ae=dict.fromkeys(each, budget(1500, 128, 4e-3)),
-        clf=dict.fromkeys(each, budget(1200, 128, 3e-3)), expect=f"{2 * views} minutes on 2 cores")
+        clf=dict.fromkeys(each, budget(1200, 128, 3e-3)), expect=f"{2 * views} minutes on 2 cores", auto=1.)
 
 PRESETS["cub"] = presets(
     "cub",
