@@ -81,8 +81,7 @@ def parts_of(table: str, rows) -> list[str]:
     "What a terminal shows of a run's rows."
     from mld.layout import sections
     from mld.report import paper_values, tables_of
-    from mld.settings import TABLES
-    if not TABLES[table].models: return [part.to_string() for part in tables_of(rows)]
+    if table_notebook(table).parent.name == "studies": return [part.to_string() for part in tables_of(rows)]
     return [f"{title}\n{part.to_string()}" for title, part in sections(rows, paper_values(table))]
 
 @app.command()
@@ -119,7 +118,8 @@ def run(
         typer.echo(f"mld: the notebook ran but left no rows in {rows}", err=True)
         raise typer.Exit(1)
     for part in parts_of(table, read_row_file(rows)): typer.echo(part + "\n")
-    typer.echo(f"\n{folder / 'notebook.html'}\n{rows}\n{folder / 'figures'}")
+    if preset == "smoke": typer.echo("smoke is a first look: these numbers mean nothing\n")
+    for name in ("notebook.ipynb", "notebook.html", "rows.csv", "figures"): typer.echo(folder / name)
 
 @app.command()
 def measure(
