@@ -151,9 +151,9 @@ def presets(
     "The presets of a data set of the paper."
     here, little = {"dataset": dataset, "source": "open", **here}, budget(30, 32, 3e-3)
     given = growing(list(ae)) if len(ae) > 3 else []
-    guided = lambda base: {**base.samplers, "auto": {**base.samplers["auto"], "autoguidance": auto}}
-    smoke = replace(SMOKE, **here, n_train=1000, given=given, samplers=guided(SMOKE), ae=dict.fromkeys(ae, little), clf=dict.fromkeys(clf, little))
-    laptop, net = replace(LAPTOP, **here, given=given, samplers=guided(LAPTOP), ae=ae, clf=clf), {k: paper[k] for k in SMALL}
+    def own(base, **more): return replace(base, **here, given=given, samplers={**base.samplers, "auto": {**base.samplers["auto"], "autoguidance": auto}}, **more)
+    smoke = own(SMOKE, n_train=1000, ae=dict.fromkeys(ae, little), clf=dict.fromkeys(clf, little))
+    laptop, net = own(LAPTOP, ae=ae, clf=clf), {k: paper[k] for k in SMALL}
     return {"smoke": Preset(smoke, "2 minutes on 2 cores"), "laptop": Preset(laptop, expect),
             "best": Preset(at_length(laptop, **net, given=[]), "a GPU, minutes"), "paper": Preset(replace(PAPER, **here, **paper), "a GPU, days")}
 
