@@ -379,7 +379,7 @@ PAPER = {  # data set -> baseline -> what differs from all
 
 # %% ../nbs/30_baselines.ipynb #a938821d
 LAPTOP = {"all": dict(latent=32, beta=1., steps=400, batch_size=128, lr=2e-3, cooldown=.5, precision="bf16"),
-          "nexus": dict(latent=20, gammas=25.), "mmvae_plus": dict(latent=16, private=16)}
+          "nexus": dict(latent=20, gammas=25.), "mmvae_plus": dict(latent=16, private=16), "mmvae_plus_10": dict(batch_size=32)}
 
 def everywhere(**more) -> dict[str, dict]:
     "The laptop recipes for each data set, with more that all of them share."
@@ -403,6 +403,7 @@ def recipe(
     "The recipe of a baseline; a `ValueError` lists what there is."
     known = lookup("data set of baselines", dataset, lookup("preset", preset, RECIPES))
     lookup("baseline", name, BASELINES)
-    settings = {**known["all"], **known.get("mmvae_plus" if name in ("mmvae_plus_10", "cmvae") else name, {}), **changes}
+    kin = {"mmvae_plus_10": "mmvae_plus", "cmvae": "mmvae_plus"}.get(name, name)  # has the same sizes
+    settings = {**known["all"], **known.get(kin, {}), **known.get(name, {}), **changes}
     how = {f.name: settings.pop(f.name) for f in fields(Training) if f.name in settings}
     return Recipe(settings, Training(**how))

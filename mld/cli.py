@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'Device', 'Out', 'Folder', 'data_app', 'Name', 'Source', 'parse_setting', 'words', 'numbers', 'parameters_of',
-           'fail', 'list_tables', 'parts_of', 'run', 'measure', 'bench', 'report', 'reproduce', 'job', 'recipe_of',
-           'list_data', 'get', 'prepare', 'check', 'show']
+           'fail', 'list_tables', 'parts_of', 'run', 'measure', 'bench', 'report', 'publish', 'reproduce', 'job',
+           'recipe_of', 'list_data', 'get', 'prepare', 'check', 'show']
 
 # %% ../nbs/59_cli.ipynb #73c87170
 from pathlib import Path
@@ -179,6 +179,19 @@ def report(
     for name, group in rows.groupby("table"):
         typer.echo(f"{name}; mean ± std over seeds\n")
         for part in tables_of(group): typer.echo(part.to_string() + "\n")
+
+@app.command()
+def publish(
+    folders: Annotated[list[Path], typer.Argument(help="Of tables, studies or runs: runs/TABLE/...")],
+    figures: Annotated[str, typer.Option(help="Of the figures, those whose names match: front_*,given_* and so on.")] = "",
+    results: Annotated[Path | None, typer.Option(help="Where to; by default the checkout's results.")] = None,
+) -> None:
+    "Take rows, executed notebooks and figures into the committed results, and write their pages again."
+    from mld import page, publish
+    root = results or home() / "results"
+    try: written = [path for folder in folders for path in publish.publish(folder, root, words(figures))]
+    except FileNotFoundError as e: fail(e)
+    for path in [*written, *page.write_pages(root)]: typer.echo(path)
 
 # %% ../nbs/59_cli.ipynb #1ece4ddc
 @app.command()

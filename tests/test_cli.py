@@ -37,6 +37,12 @@ def test_run_from_any_folder_leaves_everything_in_out(tiny, tmp_path, root):
     assert not any("\r" in o.get("text", "")[:-1] for c in nb.cells for o in c.get("outputs", [])), "progress bars were not settled"
     assert subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True).stdout == before
     assert [p.name for p in tmp_path.iterdir()] == ["there"]
+    kept = mld("publish", folder, "--results", "kept", "--figures", "joint*", cwd=tmp_path)
+    assert kept.returncode == 0 and (tmp_path / "kept" / "RESULTS.md").exists(), kept.stderr
+    table = tmp_path / "kept" / "polydigits"
+    assert len(read_row_file(next(table.glob("*.csv")))) == len(rows) and any((table / "figures").glob("joint*.png"))
+    text = next(table.glob("*.ipynb")).read_text()
+    assert str(tmp_path) not in text and str(root) not in text, "the published notebook names folders of this machine"
 
 
 @pytest.mark.parametrize("args, why", [
