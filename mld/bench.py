@@ -27,7 +27,7 @@ from .model import MLD, Together, encode_all
 from .nets import n_params
 from .samplers import SAMPLERS
 from .stages import read_row_file, write_rows
-from .training import Trainer, Training, batches
+from .training import Trainer, Training, batches, own_stream
 
 # %% ../nbs/47_bench.ipynb #189d8eba
 def clock(
@@ -108,16 +108,17 @@ def stepper(
     model: MLD,
     how: Training,         # precision, batch size and the rest
     compile: bool = False, # the network?
-    mode: str = "default", # of compiling
+    mode: str = "default", # of compiling; with "reduce-overhead" the whole step is replayed as a CUDA graph
     n: int = 4096,         # latents that a batch is taken from
 ) -> Callable:
     "One step of training the score network, as `MLD.fit` makes it."
-    run, batch = model.network(how.batch_size, 0, how.precision, compile, mode), {
+    run, batch = model.network(how.batch_size, 0, how.precision, compile), {
         "z": torch.randn(n, len(model.mean), device=model.device),
         "present": torch.ones(n, len(model.modalities), dtype=torch.bool, device=model.device)}
-    trainer, index = Trainer(model.denoiser, model.score_loss(), batch, how), batches(n, how.batch_size, 0)
+    trainer, index = Trainer(model.denoiser, model.score_loss(), batch, how), batches(n, how.batch_size, 0, device=model.device)
+    if mode == "default": trainer.capture = None
     def step():
-        with model.denoiser.running(run): trainer.one_step(next(index))
+        with own_stream(model.device), model.denoiser.running(run): trainer.one_step(next(index))
         trainer.recent.clear()
     return step
 

@@ -70,10 +70,11 @@ def launch(
 def first_writes(
     fabric: "Fabric",
 ):
-    "Inside, only the first process writes checkpoints."
-    Trainer.writes = fabric.is_global_zero
+    "Inside, only the first process writes checkpoints, and no step is captured, since the processes speak to each other within it."
+    graphs = Trainer.graphs
+    Trainer.writes, Trainer.graphs = fabric.is_global_zero, False
     try: yield
-    finally: Trainer.writes = True
+    finally: Trainer.writes, Trainer.graphs = True, graphs
 
 def score_together(
     run: Run,

@@ -169,7 +169,7 @@ def training_states(
     "What a step of training draws for a batch; arguments as in `fit`."
     make_t, law = lookup("draw", draw, DRAWS), lookup("law of t", times, TIMES)
     if task is not None:
-        always = torch.tensor([m in [lookup("modality", name, self.names) for name in task] for m in self.names])
+        always = torch.tensor([m in [lookup("modality", name, self.names) for name in task] for m in self.names], device=self.device)
         make_t = lambda n, n_modalities, law, p_joint, generator: draw_task(n, always, law, generator)
     def states(present, generator):
         t = hide_missing(make_t(len(present), len(self.modalities), law, p_joint, generator), present)

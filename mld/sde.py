@@ -144,7 +144,7 @@ def importance(
 ) -> Tensor:  # (n,) in (0, 1)
     "Times with density proportional to $\\beta(t)/\\sigma_t^2$, flat below `t_cut`."
     kw = dict(device=generator.device, dtype=torch.float64)
-    t_cut = torch.tensor(t_cut, **kw)
+    t_cut = torch.full((), t_cut, **kw)
     rate, tail, norm = importance_norm(process, t_cut)
     u = norm * torch.rand(n, generator=generator, **kw)
     t = torch.where(u <= rate * t_cut, u / rate, process.time_at(F.softplus(u - rate * t_cut + tail)))

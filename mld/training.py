@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'atomic', 'checksum', 'save_weights', 'CorruptFile', 'load_weights', 'save_checkpoint',
-           'load_checkpoint', 'autocast', 'Training', 'batches', 'stop_signals', 'Diverged', 'Trainer', 'train',
-           'start_worker', 'run_job', 'side_by_side']
+           'load_checkpoint', 'autocast', 'Training', 'batches', 'stop_signals', 'Diverged', 'own_stream', 'as_graph',
+           'Trainer', 'train', 'start_worker', 'run_job', 'side_by_side']
 
 # %% ../nbs/06_training.ipynb #57e6b917
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,12 +16,11 @@ from itertools import count
 from multiprocessing import get_context
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
-import hashlib, io, json, math, os, signal, threading, time, warnings
+import copy, hashlib, io, json, math, os, signal, threading, time, warnings
 import torch
 from safetensors.torch import load, save_file
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from .modality import lookup
 
@@ -145,12 +144,13 @@ def batches(
     size: int,       # of a batch
     seed: int,       # of the order
     start: int = 0,  # first step
+    device: torch.device | str = "cpu",  # where they are wanted
 ) -> Iterator[Tensor]:  # indices, (size,)
     "Index of each batch from step `start` on, without end; what is left of a pass is dropped."
     size = min(n, size)
     first, skip = divmod(start, n // size)
     for epoch in count(first):
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch)).to(device)
         for k in range(skip, n // size): yield order[k * size:(k + 1) * size]
         skip = 0
 
@@ -170,11 +170,37 @@ def stop_signals() -> Iterator[list]:
 class Diverged(RuntimeError):
     "Training stopped because a loss was NaN, infinite or exploding."
 
+# %% ../nbs/06_training.ipynb #1b19c657
+@contextmanager
+def own_stream(device: torch.device) -> Iterator[None]:
+    "On a GPU, a stream of its own, as graphs need one; elsewhere nothing."
+    if device.type != "cuda":
+        yield
+        return
+    outside, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    stream.wait_stream(outside)
+    with torch.cuda.stream(stream): yield
+    outside.wait_stream(stream)
+
+def as_graph(
+    work: Callable,              # launches kernels and nothing that waits for them
+    generator: torch.Generator,  # that it draws from
+) -> Callable:                   # does it again; its results are always at the same place
+    "What `work` launches on a GPU, as one CUDA graph. Raises what capturing does."
+    graph = torch.cuda.CUDAGraph()
+    graph.register_generator_state(generator)
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()): out = work()
+    def replay():
+        graph.replay()
+        return out
+    return replay
+
 # %% ../nbs/06_training.ipynb #9732777a
 class Trainer:
     "Minimise a loss over data in memory; see `train`."
     look = 10      # steps between looks at the losses, of which the history notes some
     writes = True  # does this process write checkpoints?
+    graphs = os.environ.get("MLD_GRAPHS") != "0"  # are steps replayed as CUDA graphs, where there is a GPU?
 
     def __init__(
         self,
@@ -190,11 +216,14 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.n = len(next(iter(data.values())))
         self.config = {**asdict(how), "seed": seed, "n": self.n, **(config or {})}
-        self.opt = torch.optim.Adam(model.parameters(), how.lr, fused=True)
-        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(how.ema)) if how.ema else None
+        gpu, self.home = self.device.type == "cuda", next(iter(data.values())).device
+        self.rate = torch.tensor(how.lr, device=self.device) if gpu else how.lr  # a graph reads it from one place
+        self.opt = torch.optim.Adam(model.parameters(), self.rate, fused=True, capturable=gpu)
+        self.ema = copy.deepcopy(model).requires_grad_(False) if how.ema else None
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.step, self.seconds, self.history, self.level = 0, 0., [], None
         self.recent, self.window = [], []  # losses that were not looked at yet, and those since the last note
+        self.capture, self.replay, self.tried = as_graph if gpu and self.graphs and self.home == self.device else None, None, 0
 
     def state(self) -> dict:
         "Everything that the next step depends on."
@@ -209,25 +238,56 @@ class Trainer:
     ) -> None:
         "Go on from there."
         self.model.load_state_dict(state["model"]), self.opt.load_state_dict(state["opt"])
+        for group in self.opt.param_groups: group["lr"] = self.rate
         if self.ema: self.ema.load_state_dict(state["ema"])
         self.generator.set_state(state["rng"][0].cpu()), torch.set_rng_state(state["rng"][1].cpu())
         for name in ("step", "seconds", "history", "level", "window"): setattr(self, name, state[name])
 
-    def one_step(
-        self,
-        index: Tensor,  # of the samples, (batch_size,)
-    ) -> None:
-        "Loss, gradient, optimiser, average."
-        batch = {k: x[index.to(x.device)].to(self.device) for k, x in self.data.items()}
-        for group in self.opt.param_groups: group["lr"] = self.how.rate(self.step)
+    def work(self) -> dict[str, Tensor]:  # losses
+        "Loss, gradient, optimiser, average, of the samples at `index`."
+        batch = {k: x[self.index].to(self.device) for k, x in self.data.items()}
         with autocast(self.how.precision, self.device): parts = self.loss(batch, self.generator)
         self.opt.zero_grad()
         sum(parts.values()).backward()
         if self.how.clip: nn.utils.clip_grad_norm_(self.model.parameters(), self.how.clip)
         self.opt.step()
-        if self.ema: self.ema.update_parameters(self.model)
-        self.step += 1
-        self.recent.append({k: v.detach() for k, v in parts.items()})
+        if self.ema: self.average()
+        return {k: v.detach() for k, v in parts.items()}
+
+    def average(self) -> None:
+        "Bring the averaged weights nearer to the weights; the first step makes them equal."
+        far = 1. - self.how.ema if self.step else 1.
+        torch._foreach_lerp_([*self.ema.parameters()], [p.detach() for p in self.model.parameters()], far)
+        for mine, its in zip(self.ema.buffers(), self.model.buffers()): mine.copy_(its)
+
+    def one_step(
+        self,
+        index: Tensor,  # of the samples, (batch_size,)
+    ) -> None:
+        "Do the work of a step: piece by piece, or from the fourth step on a GPU all at once."
+        rate = self.how.rate(self.step)
+        for group in self.opt.param_groups:
+            if isinstance(group["lr"], Tensor): group["lr"].fill_(rate)
+            else: group["lr"] = rate
+        if self.replay:
+            self.index.copy_(index)
+            parts = {k: v.clone() for k, v in self.replay().items()}
+        else:
+            self.index = index.to(self.home)
+            parts = self.work()
+        self.step, self.tried = self.step + 1, self.tried + 1
+        self.recent.append(parts)
+        if self.capture and self.tried == 3: self.begin_replaying()
+
+    def begin_replaying(self) -> None:
+        "Capture the work of a step; where that fails, say so and go on as before."
+        capture, self.capture, state = self.capture, None, self.generator.get_state()
+        self.index = self.index.clone()  # a place of its own, to which others will be copied
+        try: self.replay = capture(self.work, self.generator)
+        except Exception as e:
+            warnings.warn(f"steps are not captured as a CUDA graph, which costs time and changes nothing else: {str(e).strip().splitlines()[0]}")
+            self.generator = torch.Generator(self.device)
+            self.generator.set_state(state)
 
     def check(self) -> float:
         "Mean loss since the last note, noted every few steps; `Diverged` when one is not finite or exploding."
@@ -265,20 +325,20 @@ class Trainer:
         "Train to the end; see `train`."
         if self.folder and (state := load_checkpoint(self.folder, self.config)): self.restore(state)
         bar = tqdm(total=self.how.steps, initial=self.step, desc=label, disable=not progress, mininterval=1, dynamic_ncols=True)
-        index, saved = batches(self.n, self.how.batch_size, self.seed, self.step), time.monotonic()
+        index, saved = batches(self.n, self.how.batch_size, self.seed, self.step, self.home), time.monotonic()
         kept = "the same call goes on from here" if self.folder else "nothing was kept, since there is no folder for checkpoints"
-        with stop_signals() as stop, bar:
+        with stop_signals() as stop, bar, own_stream(self.device):
             while self.step < self.how.steps:
                 begun = time.monotonic()
                 self.one_step(next(index))
-                self.seconds += time.monotonic() - begun
                 last = self.step == self.how.steps
                 due = last or stop or time.monotonic() - saved > every
                 if due or self.step % self.look == 0: bar.set_postfix(loss=f"{self.check():.4g}", refresh=False)
+                self.seconds += time.monotonic() - begun
                 bar.update()
                 if due: self.save(); saved = time.monotonic()
                 if stop: raise KeyboardInterrupt(f"{stop[0]} at step {self.step}; {kept}")
-        if self.ema: self.model.load_state_dict(self.ema.module.state_dict())
+        if self.ema: self.model.load_state_dict(self.ema.state_dict())
         return self.history
 
 def train(

@@ -3,6 +3,7 @@ import os
 import resource
 import subprocess
 import sys
+import warnings
 from functools import partial
 
 import pytest
@@ -72,6 +73,34 @@ def test_a_training_in_16_bits_is_nearly_the_same(plain):
     for history in rough:
         torch.testing.assert_close(history, plain[1], rtol=.03, atol=.05)
         assert not torch.equal(history, plain[1])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("draw, times, task", [("sample", "logit_normal", None), ("batch", "importance", None), ("absent", "uniform", None), ("sample", "uniform", ["b"])])
+def test_a_training_of_graphs_is_the_same_training(draw, times, task, monkeypatch):
+    "Captured as a CUDA graph, 500 steps lose what they lose when they are launched piece by piece."
+    histories, z = [], latents().cuda()
+    for graphs in (True, False):
+        monkeypatch.setattr(Trainer, "graphs", graphs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # that a step cannot be captured is a warning
+            histories.append(losses(new_model().cuda().fit(z, Training(500, 32, lr=1e-2, clip=1., ema=.9), draw=draw, times=times, task=task, progress=False)))
+    torch.testing.assert_close(*histories, rtol=1e-3, atol=1e-3)
+
+
+def test_a_replayed_training_is_the_same_training(plain, monkeypatch):
+    "Without a GPU: all that a graph reads lies at fixed places, so doing the work again in its place makes the same steps."
+    first = Trainer.__init__
+
+    def init(self, *args, **kw):
+        first(self, *args, **kw)
+        self.rate = torch.tensor(self.how.lr)
+        for group in self.opt.param_groups: group["lr"] = self.rate
+        self.capture = lambda work, generator: work
+    monkeypatch.setattr(Trainer, "__init__", init)
+    model = new_model()
+    torch.testing.assert_close(losses(model.fit(latents(), HOW, progress=False)), plain[1], rtol=1e-5, atol=1e-5)
+    for a, b in zip(model.parameters(), plain[0].parameters()): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_a_compiled_training_can_be_killed_and_goes_on(plain, tmp_path):
