@@ -13,7 +13,7 @@ demo: .venv/ready
 	$(BIN)/mld run polydigits --preset $(PRESET) --seed $(SEED) --out $(OUT)
 
 test: .venv/ready notebooks
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # every lesson cell of every library notebook; those of tables and studies are run, in small, by pytest
 notebooks: .venv/ready

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['BOUNDS', 'LINE', 'FRACTIONS', 'COMMITTED', 'read_rows', 'how_many', 'titled', 'by_case', 'in_percent', 'spread',
-           'result_table', 'intervals', 'reconstruction_table', 'tables_of', 'paper_values', 'beside_paper',
-           'show_losses', 'histories', 'autoencoder_histories', 'draw', 'show_data', 'show_reconstructions',
-           'show_joint', 'show_cross', 'show_failures', 'show_least', 'caption_table', 'show_front', 'show_by_given',
-           'show_by_variant', 'show_cost', 'show_noised', 'training_table', 'latent_table', 'model_settings']
+           'result_table', 'intervals', 'averages', 'brief', 'reconstruction_table', 'tables_of', 'paper_values',
+           'beside_paper', 'show_losses', 'histories', 'autoencoder_histories', 'draw', 'show_data',
+           'show_reconstructions', 'show_joint', 'show_cross', 'show_failures', 'show_least', 'caption_table',
+           'show_front', 'show_by_given', 'show_by_variant', 'show_cost', 'show_noised', 'training_table',
+           'latent_table', 'model_settings']
 
 # %% ../nbs/44_report.ipynb #d2766746
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ from .experiment import BaselineRun, Encoded, Run
 from .measure import f1_of_each, names_look
 from .metrics.coherence import read, wilson
 from .metrics.text import sentences
-from .modality import Modality
+from .modality import Modality, lookup
 from .stages import ROW, read_row_file
 
 # %% ../nbs/44_report.ipynb #be0f2a4f
@@ -94,6 +95,25 @@ def intervals(
     low, high = wilson(part.value, part.n)
     table = part.assign(coherence=100 * part.value, low=100 * low, high=100 * high)
     return table.set_index(["model", "sampler", "given", "target", "seed"])[["coherence", "low", "high", "n"]].round(1)
+
+# %% ../nbs/44_report.ipynb #99bf7823
+def averages(
+    rows: pd.DataFrame,                             # of one table
+    by: Sequence[str] = ("model", "sampler"),       # columns of `LINE` that tell lines apart
+) -> pd.DataFrame:                                  # a line for each of their values; columns (metric, case)
+    "Means over subsets, targets and seeds; fractions in percent."
+    return by_case(in_percent(rows)).groupby(level=[*by], sort=False).mean()
+
+def brief(
+    rows: pd.DataFrame,
+    columns: Sequence[str],                         # "coherence, joint", "fmd, 1 given"...
+    by: Sequence[str] = ("model", "sampler"),
+) -> pd.DataFrame:                                  # text
+    "Mean ± standard deviation over seeds, of these columns only."
+    cases = by_case(in_percent(rows))
+    cases.columns = [", ".join(c) for c in cases.columns]
+    for name in columns: lookup("column", name, {c: c for c in cases.columns})
+    return cases.groupby(level=[*by], sort=False).agg(spread)[[*columns]]
 
 # %% ../nbs/44_report.ipynb #3faf8b61
 def reconstruction_table(
