@@ -131,6 +131,11 @@ def test_readme_and_index_say_the_same(root):
     assert text.replace("](../", "](") == (root / "README.md").read_text().strip()
 
 
+def test_the_table_of_the_readme_is_that_of_the_rows(root):
+    from mld.page import front_table, markdown_table
+    assert markdown_table(front_table(root / "results")) in (root / "README.md").read_text()
+
+
 def test_readme_names_the_two_commands(root):
     readme, make = (root / "README.md").read_text(), (root / "Makefile").read_text()
     for command in ("demo", "test"):
