@@ -726,6 +726,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                           'mld.plan.taken': ('plan.html#taken', 'mld/plan.py'),
                           'mld.plan.unprepared': ('plan.html#unprepared', 'mld/plan.py')},
             'mld.publish': { 'mld.publish.as_jpeg': ('publish.html#as_jpeg', 'mld/publish.py'),
+                             'mld.publish.drawn': ('publish.html#drawn', 'mld/publish.py'),
                              'mld.publish.lighter': ('publish.html#lighter', 'mld/publish.py'),
                              'mld.publish.portable': ('publish.html#portable', 'mld/publish.py'),
                              'mld.publish.publish': ('publish.html#publish', 'mld/publish.py'),

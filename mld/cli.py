@@ -184,12 +184,13 @@ def report(
 def publish(
     folders: Annotated[list[Path], typer.Argument(help="Of tables, studies or runs: runs/TABLE/...")],
     figures: Annotated[str, typer.Option(help="Of the figures, those whose names match: front_*,given_* and so on.")] = "",
+    pictures: Annotated[bool, typer.Option(help="Leave pictures in the notebooks?")] = True,
     results: Annotated[Path | None, typer.Option(help="Where to; by default the checkout's results.")] = None,
 ) -> None:
     "Take rows, executed notebooks and figures into the committed results, and write their pages again."
     from mld import page, publish
     root = results or home() / "results"
-    try: written = [path for folder in folders for path in publish.publish(folder, root, words(figures))]
+    try: written = [path for folder in folders for path in publish.publish(folder, root, words(figures), pictures)]
     except FileNotFoundError as e: fail(e)
     for path in [*written, *page.write_pages(root)]: typer.echo(path)
 
