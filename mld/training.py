@@ -219,6 +219,7 @@ class Trainer:
         gpu, self.home = self.device.type == "cuda", next(iter(data.values())).device
         self.rate = torch.tensor(how.lr, device=self.device) if gpu else how.lr  # a graph reads it from one place
         self.opt = torch.optim.Adam(model.parameters(), self.rate, fused=True, capturable=gpu)
+        self.opt._warned_capturable_if_run_uncaptured = True  # it would warn of the first steps, which run without a graph
         self.ema = copy.deepcopy(model).requires_grad_(False) if how.ema else None
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.step, self.seconds, self.history, self.level = 0, 0., [], None
