@@ -115,8 +115,7 @@ def stepper(
     run, batch = model.network(how.batch_size, 0, how.precision, compile), {
         "z": torch.randn(n, len(model.mean), device=model.device),
         "present": torch.ones(n, len(model.modalities), dtype=torch.bool, device=model.device)}
-    trainer, index = Trainer(model.denoiser, model.score_loss(), batch, how), batches(n, how.batch_size, 0, device=model.device)
-    if mode == "default": trainer.capture = None
+    trainer, index = Trainer(model.denoiser, model.score_loss(), batch, how, graph=mode != "default"), batches(n, how.batch_size, 0, device=model.device)
     def step():
         with own_stream(model.device), model.denoiser.running(run): trainer.one_step(next(index))
         trainer.recent.clear()

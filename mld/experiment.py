@@ -353,8 +353,9 @@ class Run(Encoded):
 
     @cached_property
     def weaker(self) -> "Run":
-        "The same recipe with an eighth of the steps: what autoguidance leads away from."
-        vary = {**(self.origin["vary"] or {}), "steps": max(1, self.settings.steps // 8)}
+        "The same recipe with few steps: what autoguidance leads away from."
+        steps = self.settings.weaker_steps or max(1, self.settings.steps // 8)
+        vary = {**(self.origin["vary"] or {}), "steps": steps, "warmup": min(self.settings.warmup, steps // 3)}
         run = type(self)(**{**self.origin, "vary": vary, "variant": f"{self.variant} weaker"})
         run.data, run.device = self.data, self.device
         return run
@@ -378,6 +379,7 @@ class Run(Encoded):
             z = self.model.sample(**request, around=lambda _: denoiser, **walk)
             return {"z": z}, {"nfe": denoiser.calls - calls, "seconds": time.monotonic() - started}
         settings = {"score": self.score.key, "options": options, **self.request_key(given), **self.pick("condition")}
+        if options.get("autoguidance") and self.settings.weaker_steps: settings |= self.pick("weaker_steps")
         return run_stage(self.stages, "samples", settings, make)
 
     def generated(

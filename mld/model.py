@@ -224,7 +224,7 @@ def fit(
               **({} if task is None else {"task": list(task)})}
     with self.denoiser.running(self.network(min(len(z), how.batch_size), how.steps, how.precision, compile)):
         return train(self.denoiser, loss, {"z": z, "present": present}, how, seed=seed, folder=folder, config=recipe, label="score network",
-                     progress=progress)
+                     graph=True, progress=progress)
 
 # %% ../nbs/08_model.ipynb #357e06f3
 class Together:

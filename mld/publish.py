@@ -42,20 +42,26 @@ def drawn(out) -> bool:
     "Is an output a picture?"
     return any(kind.startswith("image/") for kind in out.get("data", {}))
 
-PLACES = {"out": '"runs"', "data": '""'}  # parameters that are folders -> what they are by default
+PLACES = {"out": "runs", "data": ""}  # parameters that are folders -> what they are by default
 
 def portable(
-    notebook,  # an executed nbformat notebook, changed in place
+    notebook,               # an executed nbformat notebook
     pictures: bool = True,  # keep them?
-):
+):                          # another
     "Without paths of the machine that it ran on, without its error stream and, if asked, without pictures."
+    import nbformat
     notebook.metadata.pop("papermill", None)
+    places = {str(Path.home()): "~"}
     for cell in notebook.cells:
         cell.metadata.pop("papermill", None)
         if "outputs" in cell: cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr" and (pictures or not drawn(out))]
         if "injected-parameters" in cell.metadata.get("tags", []):
-            cell.source = re.sub(rf"^({'|'.join(PLACES)}) = .*$", lambda found: f"{found[1]} = {PLACES[found[1]]}", cell.source, flags=re.M)
-    return notebook
+            for name, default in PLACES.items():
+                found = re.search(rf'^{name} = "(/.*)"$', cell.source, re.M)
+                if found: places = {found[1]: default} | places
+    text = nbformat.writes(notebook)
+    for place, name in places.items(): text = text.replace(place, name)
+    return nbformat.reads(text, 4)
 
 # %% ../nbs/53_publish.ipynb #00d3def8
 QUESTION = ["table", "dataset", "source", "model", "variant", "preset", "metric", "given", "target", "seed", "sampler"]  # columns of `ROW` that say what was asked

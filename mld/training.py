@@ -172,15 +172,18 @@ class Diverged(RuntimeError):
 
 # %% ../nbs/06_training.ipynb #1b19c657
 @contextmanager
-def own_stream(device: torch.device) -> Iterator[None]:
+def own_stream(
+    device: torch.device,  # that is worked on
+) -> Iterator[None]:
     "On a GPU, a stream of its own, as graphs need one; elsewhere nothing."
     if device.type != "cuda":
         yield
         return
     outside, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
     stream.wait_stream(outside)
-    with torch.cuda.stream(stream): yield
-    outside.wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream): yield
+    finally: outside.wait_stream(stream)
 
 def as_graph(
     work: Callable,              # launches kernels and nothing that waits for them
@@ -211,26 +214,28 @@ class Trainer:
         seed: int = 0,                     # of the order of the samples and of the generator
         folder: str | Path | None = None,  # of checkpoints; without one nothing is kept on the way
         config: Mapping | None = None,     # whatever else the result depends on
+        graph: bool = False,               # may steps be captured? See `train`
     ):
         self.model, self.loss, self.data, self.how, self.seed, self.folder = model, loss, data, how, seed, folder
         self.device = next(model.parameters()).device
         self.n = len(next(iter(data.values())))
-        self.config = {**asdict(how), "seed": seed, "n": self.n, **(config or {})}
-        gpu, self.home = self.device.type == "cuda", next(iter(data.values())).device
-        self.rate = torch.tensor(how.lr, device=self.device) if gpu else how.lr  # a graph reads it from one place
-        self.opt = torch.optim.Adam(model.parameters(), self.rate, fused=True, capturable=gpu)
+        self.config = {**asdict(how), "seed": seed, "n": self.n, "device": self.device.type, **(config or {})}
+        self.gpu, self.home = self.device.type == "cuda", next(iter(data.values())).device
+        self.capture = as_graph if graph and self.graphs and self.gpu and self.home == self.device else None
+        self.replay, self.tried = None, 0
+        self.rate = torch.tensor(how.lr, device=self.device) if self.capture else how.lr  # a graph reads it from one place
+        self.opt = torch.optim.Adam(model.parameters(), self.rate, fused=True, capturable=self.capture is not None)
         self.opt._warned_capturable_if_run_uncaptured = True  # it would warn of the first steps, which run without a graph
         self.ema = copy.deepcopy(model).requires_grad_(False) if how.ema else None
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.step, self.seconds, self.history, self.level = 0, 0., [], None
         self.recent, self.window = [], []  # losses that were not looked at yet, and those since the last note
-        self.capture, self.replay, self.tried = as_graph if gpu and self.graphs and self.home == self.device else None, None, 0
 
     def state(self) -> dict:
         "Everything that the next step depends on."
         return {"model": self.model.state_dict(), "ema": self.ema and self.ema.state_dict(), "opt": self.opt.state_dict(),
                 "step": self.step, "seconds": self.seconds, "history": self.history, "level": self.level, "window": self.window,
-                "rng": [self.generator.get_state(), torch.get_rng_state()],
+                "rng": [self.generator.get_state(), torch.get_rng_state(), *([torch.cuda.get_rng_state(self.device)] if self.gpu else [])],
                 "config": json.dumps(self.config, sort_keys=True)}
 
     def restore(
@@ -239,9 +244,10 @@ class Trainer:
     ) -> None:
         "Go on from there."
         self.model.load_state_dict(state["model"]), self.opt.load_state_dict(state["opt"])
-        for group in self.opt.param_groups: group["lr"] = self.rate
+        for group in self.opt.param_groups: group |= {"lr": self.rate, "capturable": self.capture is not None}
         if self.ema: self.ema.load_state_dict(state["ema"])
         self.generator.set_state(state["rng"][0].cpu()), torch.set_rng_state(state["rng"][1].cpu())
+        if self.gpu: torch.cuda.set_rng_state(state["rng"][2].cpu(), self.device)
         for name in ("step", "seconds", "history", "level", "window"): setattr(self, name, state[name])
 
     def work(self) -> dict[str, Tensor]:  # losses
@@ -340,6 +346,7 @@ class Trainer:
                 if due: self.save(); saved = time.monotonic()
                 if stop: raise KeyboardInterrupt(f"{stop[0]} at step {self.step}; {kept}")
         if self.ema: self.model.load_state_dict(self.ema.state_dict())
+        self.opt.zero_grad()  # gradients of a graph would keep its memory
         return self.history
 
 def train(
@@ -351,6 +358,7 @@ def train(
     seed: int = 0,                     # of the order of the samples and of whatever is random in the loss
     folder: str | Path | None = None,  # of checkpoints, to go on from and to write to
     config: Mapping | None = None,     # whatever else the result depends on; a checkpoint must match
+    graph: bool = False,               # on a GPU that holds the data, replay steps as a CUDA graph? The loss must wait for nothing and count nothing itself
     every: float = 30.,                # seconds between checkpoints
     label: str = "train",              # of the progress bar
     progress: bool = True,             # show one?
@@ -359,7 +367,7 @@ def train(
     model.train()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        history = Trainer(model, loss, data, how, seed, folder, config).run(every, label, progress)
+        history = Trainer(model, loss, data, how, seed, folder, config, graph).run(every, label, progress)
     model.eval()
     return history
 
