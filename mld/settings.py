@@ -164,7 +164,7 @@ PRESETS["mnist_svhn"] = presets(
     "mnist_svhn",
     {**SMALL, "p_joint": .5, "steps": 1_322_760, "batch_size": 128, "ae": dict.fromkeys(("mnist", "svhn"), budget(1_314_000, 128, 1e-3))},
     ae={"mnist": budget(800, 256, 4e-3), "svhn": budget(7000, 64, 2e-3)},
-    clf={"mnist": budget(700, 128, 3e-3), "svhn": budget(2500, 128, 3e-3)}, expect="15 minutes on 2 cores")
+    clf={"mnist": budget(700, 128, 3e-3), "svhn": budget(2500, 128, 3e-3)}, expect="15 minutes on 2 cores", auto=2., weaker=150)
 
 PRESETS["mhd"] = presets(
     "mhd",
