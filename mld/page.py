@@ -101,9 +101,9 @@ class Line:
 
 FRONT = {  # data -> title -> what is shown
     "three views of a digit": {
-        "MLD": Line("polydigits", "mld", "auto", "auto"),
+        "MLD": Line("recipe", "ours", "auto", "auto", "polydigits"),
         "MLD, the paper's recipe": Line("recipe", "+ rate", "repaint 2410", "repaint 2410", "polydigits"),
-        "MoPoE, trained as long": Line("baselines", "mopoe", "mixture", "own", "polydigits", "laptop+4f8235")},
+        "MoPoE, 2,000 steps": Line("baselines", "mopoe", "mixture", "own", "polydigits", "laptop+4f8235")},
     "five views, PolyMNIST rebuilt": {
         "MLD": Line("polymnist", "MLD", "auto", "auto"),
         "MLD, the paper's recipe": Line("polymnist", "MLD (paper)", "repaint", "repaint"),

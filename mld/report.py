@@ -105,11 +105,11 @@ def averages(
     return by_case(in_percent(rows)).groupby(level=[*by], sort=False).mean()
 
 def brief(
-    rows: pd.DataFrame,
+    rows: pd.DataFrame,                             # of one table
     columns: Sequence[str],                         # "coherence, joint", "fmd, 1 given"...
-    by: Sequence[str] = ("model", "sampler"),
-) -> pd.DataFrame:                                  # text
-    "Mean ± standard deviation over seeds, of these columns only."
+    by: Sequence[str] = ("model", "sampler"),       # columns of `LINE` that tell lines apart
+) -> pd.DataFrame:                                  # text: mean ± standard deviation over seeds, fractions in percent
+    "A few columns of the result. `ValueError` on one that is not there."
     cases = by_case(in_percent(rows))
     cases.columns = [", ".join(c) for c in cases.columns]
     for name in columns: lookup("column", name, {c: c for c in cases.columns})
