@@ -367,6 +367,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mld.experiment.Experiment.every_subset': ('experiment.html#experiment.every_subset', 'mld/experiment.py'),
                                 'mld.experiment.Experiment.has_classes': ('experiment.html#experiment.has_classes', 'mld/experiment.py'),
                                 'mld.experiment.Experiment.held_out': ('experiment.html#experiment.held_out', 'mld/experiment.py'),
+                                'mld.experiment.Experiment.judged': ('experiment.html#experiment.judged', 'mld/experiment.py'),
                                 'mld.experiment.Experiment.labels': ('experiment.html#experiment.labels', 'mld/experiment.py'),
                                 'mld.experiment.Experiment.protocol': ('experiment.html#experiment.protocol', 'mld/experiment.py'),
                                 'mld.experiment.Experiment.readers': ('experiment.html#experiment.readers', 'mld/experiment.py'),

@@ -20,7 +20,7 @@ import mld
 from .autoencoders import fit_autoencoder
 from .baselines import Baseline, Recipe, recipe
 from .data import celebamask_hq, cub, exact, mhd, mnist_svhn, polydigits, polymnist  # they register themselves
-from .data.dataset import DataSet, load_dataset
+from .data.dataset import DataSet, Split, load_dataset
 from .data.exact import ExactReader
 from .guidance import AutoGuidance, Guidance, Renoised
 from .metrics.coherence import Classifier, fit_classifier
@@ -140,16 +140,21 @@ class Experiment(Setup):
     @property
     def protocol(self) -> Protocol: return PROTOCOLS[self.settings.protocol]
 
+    @property
+    def judged(self) -> Split:
+        "The split that conditions are of and that samples are compared with."
+        return getattr(self.data, self.protocol.split)
+
     @cached_property
     def held_out(self) -> Tensor:
-        "Test tuples to condition on, (n_given,): the same for every model, seed and sampler."
-        n = len(self.data.test)
+        "Tuples to condition on, (n_given,): the same for every model, seed and sampler."
+        n = len(self.judged)
         order = torch.randperm(n, generator=torch.Generator().manual_seed(0)) if self.protocol.shuffled else torch.arange(n)
         return order[:self.settings.n_given]
 
     def conditions(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         "The named modalities (all by default) of the held-out tuples, as floats."
-        return self.data.test.rows(self.held_out, names)
+        return self.judged.rows(self.held_out, names)
 
     @property
     def every_subset(self) -> list[tuple[str, ...]]:
@@ -168,7 +173,7 @@ class Experiment(Setup):
     @property
     def labels(self) -> Tensor:
         "Of the held-out tuples."
-        return self.data.test.labels[self.held_out]
+        return self.judged.labels[self.held_out]
 
     def wanted(self, given: tuple[str, ...]) -> list[str]:
         "What is generated when some modalities are given: all others."
@@ -218,7 +223,7 @@ class Experiment(Setup):
     @property
     def reference(self) -> Mapping:
         "What distances are measured to, name -> (N, *shape): the test split, or under the paper's protocol the conditions."
-        return {k: x[:self.protocol.most] for k, x in self.conditions().items()} if self.protocol.paired else self.data.test.batch
+        return {k: x[:self.protocol.most] for k, x in self.conditions().items()} if self.protocol.paired else self.judged.batch
 
 # %% ../nbs/42_experiment.ipynb #e5f13803
 def each(

@@ -81,11 +81,13 @@ class Settings:
 @dataclass(frozen=True)
 class Protocol:
     "Which tuples are conditioned on, and what distances are measured to."
-    shuffled: bool          # are the conditions a random draw, or the front of the test split?
-    paired: bool            # are distances those to the conditions, or to the whole test split?
+    shuffled: bool          # are the conditions a random draw, or the front of the split?
+    paired: bool            # are distances those to the conditions, or to the whole split?
     most: int | None = None # samples in a distance
+    split: str = "test"     # which the tuples are of, "test" or "val"
 
-PROTOCOLS = {"held_out": Protocol(shuffled=True, paired=False), "paper": Protocol(shuffled=False, paired=True, most=3000)}
+PROTOCOLS = {"held_out": Protocol(shuffled=True, paired=False), "paper": Protocol(shuffled=False, paired=True, most=3000),
+             "validation": Protocol(shuffled=True, paired=False, split="val")}
 
 # %% ../nbs/40_settings.ipynb #accf6deb
 @dataclass(frozen=True)
