@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'atomic', 'checksum', 'save_weights', 'CorruptFile', 'load_weights', 'save_checkpoint',
-           'load_checkpoint', 'autocast', 'Training', 'batches', 'stop_signals', 'Diverged', 'own_stream', 'as_graph',
-           'Trainer', 'train', 'start_worker', 'run_job', 'side_by_side']
+           'load_checkpoint', 'has_bf16', 'autocast', 'Training', 'batches', 'stop_signals', 'Diverged', 'own_stream',
+           'as_graph', 'Trainer', 'train', 'start_worker', 'run_job', 'side_by_side']
 
 # %% ../nbs/06_training.ipynb #57e6b917
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import count
 from multiprocessing import get_context
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
-import copy, hashlib, io, json, math, os, signal, threading, time, warnings
+import copy, hashlib, io, json, math, os, signal, threading, time, timeit, warnings
 import torch
 from safetensors.torch import load, save_file
 from safetensors import safe_open
@@ -107,13 +108,23 @@ def load_checkpoint(
 # %% ../nbs/06_training.ipynb #00ad5526
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}  # name -> what autocast computes in; None: no autocast
 
+@cache
+def has_bf16(
+    kind: str,  # of device, as in `torch.device.type`
+) -> bool:
+    "Does it multiply matrices in bfloat16 faster than in 32 bits? A processor is tried, once a process."
+    if kind != "cpu": return kind != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    x = torch.ones(256, 256)
+    rough, exact = (min(timeit.repeat(lambda: a @ a, number=1, repeat=4)) for a in (x.bfloat16(), x))
+    return 1.2 * rough < exact
+
 def autocast(
     precision: str,         # a name in `PRECISIONS`
     device: torch.device,   # of the network
 ) -> torch.autocast:
-    "A context in which networks compute in this precision."
+    "A context in which networks compute in this precision, or in 32 bits where the device is not made for it."
     cast_to = lookup("precision", precision, PRECISIONS)
-    return torch.autocast(device.type, cast_to, enabled=cast_to is not None)
+    return torch.autocast(device.type, cast_to, enabled=cast_to is not None and has_bf16(device.type))
 
 @dataclass(frozen=True)
 class Training:

@@ -253,7 +253,7 @@ def test_several_processes_only_train_score_networks(unscored, monkeypatch):
 
 
 def snakemake(root, plan_file, *args):
-    command = shutil.which("snakemake")
+    command = shutil.which("snakemake", path=os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]))
     if not command:
         pytest.skip("snakemake is not installed: pip install 'mld[cluster]'")
     return subprocess.run([command, "--snakefile", root / "workflow" / "Snakefile", "--profile", root / "workflow" / "profiles" / "local", "--cores", "1", *args,

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from mld.bench import Machine, bench_rows, count_calls, floor_ms, step_table, step_work
+from mld import training
+from mld.bench import Machine, bench_rows, count_calls, floor_ms, precisions_on, step_table, step_work, take_turns
 from mld.experiment import Setup, make_run
 from mld.guidance import Guidance
 from mld.modality import Modality, register_architecture
@@ -18,7 +19,7 @@ from mld.model import MLD, fit_together
 from mld.nets import NETS, compiled, compiling_pays
 from mld.samplers import SAMPLERS
 from mld.stages import ROW
-from mld.training import Diverged, Trainer, Training
+from mld.training import PRECISIONS, Diverged, Trainer, Training
 
 
 class Small(nn.Module):
@@ -60,6 +61,30 @@ def plain():
 HOW = Training(40, 32, lr=1e-2, clip=1., ema=.9)
 
 
+@pytest.fixture
+def in_16_bits(monkeypatch):
+    "As on a machine that is made for them; others imitate it, slowly."
+    monkeypatch.setattr(training, "has_bf16", lambda kind: True)
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_16_bits_are_32_where_they_would_be_slower(has, monkeypatch):
+    monkeypatch.setattr(training, "has_bf16", lambda kind: has)
+    x = torch.randn(8, 8)
+    with training.autocast("bf16", x.device): assert (x @ x).dtype == (torch.bfloat16 if has else torch.float32)
+    with training.autocast("fp32", x.device): assert (x @ x).dtype == torch.float32
+
+
+def test_16_bits_are_never_slower():
+    "By much, on a product that is large enough for conversions not to matter."
+    x = torch.randn(1024, 1024)
+
+    def product(precision):
+        with training.autocast(precision, x.device), torch.no_grad(): x @ x
+    ms = take_turns({p: partial(product, p) for p in PRECISIONS}, 5, x.device)
+    assert ms["bf16"] < 1.5 * ms["fp32"]
+
+
 def test_a_compiled_training_is_the_same_training(plain):
     model = new_model()
     history = losses(model.fit(latents(), HOW, compile=True, progress=False))
@@ -68,11 +93,20 @@ def test_a_compiled_training_is_the_same_training(plain):
     for a, b in zip(model.parameters(), plain[0].parameters()): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-def test_a_training_in_16_bits_is_nearly_the_same(plain):
+def test_a_training_in_16_bits_is_nearly_the_same(plain, in_16_bits):
     rough = [losses(new_model().fit(latents(), Training(**{**vars(HOW), "precision": "bf16"}), compile=c, progress=False)) for c in (False, True)]
     for history in rough:
         torch.testing.assert_close(history, plain[1], rtol=.03, atol=.05)
         assert not torch.equal(history, plain[1])
+
+
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-3), ("bf16", .03)])
+def test_500_steps_of_the_fast_and_of_the_plain_way_lose_the_same(precision, tolerance, in_16_bits):
+    how = Training(500, 32, lr=1e-2, clip=1., ema=.9)
+    plain, fast = (losses(new_model().fit(latents(), Training(**{**vars(how), "precision": p}), compile=c, progress=False))
+                   for p, c in (("fp32", False), (precision, True)))
+    assert len(plain) == 50 and plain[-10:].mean() < .8 * plain[0].mean()
+    torch.testing.assert_close(fast, plain, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -127,7 +161,7 @@ def test_compiled_samples_are_the_same_and_any_number_of_them_is_compiled_once(p
 
 @pytest.mark.parametrize("around", [None, partial(Guidance, weight=1.)])
 @pytest.mark.parametrize("sampler", list(SAMPLERS))
-def test_what_is_given_comes_back_bit_for_bit_from_16_bits(plain, sampler, around):
+def test_what_is_given_comes_back_bit_for_bit_from_16_bits(plain, sampler, around, in_16_bits):
     given = {"b": torch.randn(9, 6, generator=torch.Generator().manual_seed(2))}
     options = {"steps": 12, **({"length": 3, "passes": 2} if sampler == "repaint" else {})}
     exact, rough = (plain[0].sample(given=given, sampler=sampler, around=around, precision=p, **options) for p in ("fp32", "bf16"))
@@ -135,7 +169,7 @@ def test_what_is_given_comes_back_bit_for_bit_from_16_bits(plain, sampler, aroun
     assert not torch.equal(rough, exact) and (rough - exact).abs().max() < .1 * exact.abs().max()
 
 
-def test_only_what_the_network_does_is_in_16_bits(plain):
+def test_only_what_the_network_does_is_in_16_bits(plain, in_16_bits):
     "With a network that is exact in either precision, the samples are the same bit for bit."
     model = new_model()
     model.denoiser.net.forward = lambda z_t, t: torch.zeros_like(z_t)
@@ -198,7 +232,7 @@ def test_memory_that_runs_out_is_no_missing_compiler():
 TOY = dict(n_train=500, n_val=60, n_test=60, width=32, groups=4, time_width=16, steps=20, warmup=2, batch_size=64, n_joint=30, n_given=20)
 
 
-def test_a_run_can_ask_for_samples_in_16_bits(tmp_path):
+def test_a_run_can_ask_for_samples_in_16_bits(tmp_path, in_16_bits):
     ways = {"dpm": {"steps": 3}, "dpm bf16": {"sampler": "dpm", "steps": 3, "precision": "bf16"}}
     run = make_run("toy", out=tmp_path, overrides=TOY | {"samplers": ways}, device="cpu", progress=False)
     given = run.data.names[:1]
@@ -232,7 +266,7 @@ def test_bench_writes_rows_of_the_usual_form(tmp_path):
     assert list(rows) == ROW and (rows.value > 0).all() and (run.folder / "rows.csv").exists()
     assert set(rows.metric) == {"step ms", "floor ms", "samples a second", "call ms", "Gflop a second", "GB a second", "peak MB"}
     table = step_table(rows)
-    assert (table.share < 1).all() and list(table.index.get_level_values("variant")) == ["fp32", "bf16", "as published", "fp32, 4 seeds"]
+    assert (table.share < 1).all() and list(table.index.get_level_values("variant")) == [*precisions_on(run.device), "as published", "fp32, 4 seeds"]
 
 
 def test_the_floor_is_arithmetic_and_memory():
