@@ -61,8 +61,8 @@ class Machine:
 def precisions_on(
     device: torch.device,
 ) -> list[str]:  # names in `PRECISIONS`
-    "Those that are worth asking for."
-    return [name for name, dtype in PRECISIONS.items() if dtype is None or has_bf16(device.type)]
+    "Those that compute in what they are called after; the others are `fp32` there."
+    return [name for name, dtype in PRECISIONS.items() if dtype is None or has_bf16(device)]
 
 def measure_machine(
     device: torch.device,
@@ -331,7 +331,7 @@ def show_roofline(
     from matplotlib import pyplot as plt
     ceiling = rows[rows.metric.isin(["Gflop a second", "GB a second"])].groupby("variant").value.median()
     ax, intensity = plt.subplots(figsize=(5, 3.2))[1], torch.logspace(0, 4, 100)
-    for p in ceiling.index.drop("memory"): ax.plot(intensity, (intensity * ceiling["memory"]).clamp(max=ceiling[p]), lw=1, label=f"{p}, at best")
+    for p in [p for p in PRECISIONS if p in ceiling]: ax.plot(intensity, (intensity * ceiling["memory"]).clamp(max=ceiling[p]), lw=1, label=f"{p}, at best")
     steps = rows[(rows.metric == "step ms") & ~rows.variant.str.contains("seeds")]
     for name, part in steps.groupby("variant", sort=False):
         operations, moved = step_work(part.network_params, part.n)

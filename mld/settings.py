@@ -35,7 +35,7 @@ class Settings:
     ae_batch: int = 256
     ae_lr: float = 4e-3
     ae_cooldown: float = .7
-    ae_precision: str = "bf16"          # where the device is made for it; or "fp32"
+    ae_precision: str = "bf16"          # "fp32" on a device without units for it; or "fp32"
     ae_noise: float = .3                # on the latents, while training
     ae: dict = field(default_factory=dict)   # modality -> what differs for it: {"sound": {"steps": 700}}
     # classifiers, shared by all seeds of a table
@@ -66,7 +66,7 @@ class Settings:
     cooldown: float = .5
     clip: float | None = 1.
     ema: float = .999
-    precision: str = "bf16"             # where the device is made for it; or "fp32"
+    precision: str = "bf16"             # "fp32" on a device without units for it; or "fp32"
     weaker_steps: int = 0               # of the network that autoguidance leads away from; by default an eighth of `steps`
     # sampling and measuring
     samplers: dict = field(default_factory=lambda: {  # name -> its options

@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
 from itertools import count
 from multiprocessing import get_context
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
-import copy, hashlib, io, json, math, os, signal, threading, time, timeit, warnings
+import copy, hashlib, io, json, math, os, signal, threading, time, warnings
 import torch
 from safetensors.torch import load, save_file
 from safetensors import safe_open
@@ -108,23 +107,21 @@ def load_checkpoint(
 # %% ../nbs/06_training.ipynb #00ad5526
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}  # name -> what autocast computes in; None: no autocast
 
-@cache
 def has_bf16(
-    kind: str,  # of device, as in `torch.device.type`
+    device: torch.device,
 ) -> bool:
-    "Does it multiply matrices in bfloat16 faster than in 32 bits? A processor is tried, once a process."
-    if kind != "cpu": return kind != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    x = torch.ones(256, 256)
-    rough, exact = (min(timeit.repeat(lambda: a @ a, number=1, repeat=4)) for a in (x.bfloat16(), x))
-    return 1.2 * rough < exact
+    "Has it units for bfloat16? Looked up and not timed, so that all processes agree; the environment's MLD_BF16 overrules it, if it is 0 or 1."
+    if (said := os.environ.get("MLD_BF16")) in ("0", "1"): return said == "1"
+    if device.type == "cuda": return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 def autocast(
     precision: str,         # a name in `PRECISIONS`
     device: torch.device,   # of the network
 ) -> torch.autocast:
-    "A context in which networks compute in this precision, or in 32 bits where the device is not made for it."
+    "A context in which networks compute in this precision, or in 32 bits where the device has no units for it."
     cast_to = lookup("precision", precision, PRECISIONS)
-    return torch.autocast(device.type, cast_to, enabled=cast_to is not None and has_bf16(device.type))
+    return torch.autocast(device.type, cast_to, enabled=cast_to is not None and has_bf16(device))
 
 @dataclass(frozen=True)
 class Training:
@@ -136,7 +133,7 @@ class Training:
     cooldown: float = 0.       # last fraction of the steps, over which it falls to 0
     clip: float | None = None  # largest norm of the gradient
     ema: float | None = None   # decay of the moving average of the weights
-    precision: str = "fp32"    # a name in `PRECISIONS`
+    precision: str = "fp32"    # a name in `PRECISIONS`; "bf16" is "fp32" on a device without units for it
 
     def __post_init__(self): lookup("precision", self.precision, PRECISIONS)
 
@@ -231,6 +228,7 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.n = len(next(iter(data.values())))
         self.config = {**asdict(how), "seed": seed, "n": self.n, "device": self.device.type, **(config or {})}
+        if not has_bf16(self.device): self.config["precision"] = "fp32"
         self.gpu, self.home = self.device.type == "cuda", next(iter(data.values())).device
         self.capture = as_graph if graph and self.graphs and self.gpu and self.home == self.device else None
         self.replay, self.tried = None, 0

@@ -19,5 +19,11 @@ def tiny():
 
 
 @pytest.fixture
+def in_16_bits(monkeypatch):
+    "As on a device with units for bfloat16; others imitate it, slowly."
+    monkeypatch.setenv("MLD_BF16", "1")
+
+
+@pytest.fixture
 def root():
     return ROOT

@@ -330,7 +330,7 @@ def test_both_networks_have_as_many_parameters():
         assert n_params(NETS["token_transformer"]([160] * 10, width=384, depth=4, heads=8, time_width=64)) < 85_000_000
 
 
-def test_a_model_with_a_transformer_trains_on_holes_and_generates(tmp_path):
+def test_a_model_with_a_transformer_trains_on_holes_and_generates(tmp_path, in_16_bits):
     model = tiny(net="token_transformer")
     z, present = torch.randn(300, 28, generator=seeded()), torch.rand(300, 3, generator=seeded(1)) < .7
     history = model.fit(z, Training(60, 64, lr=3e-3, precision="bf16"), draw="absent", present=present, progress=False)
