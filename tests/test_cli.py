@@ -1,7 +1,6 @@
 "The command line and papermill, as a newcomer would use and misuse them."
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import nbformat
@@ -83,9 +82,3 @@ def test_a_notebook_without_parameters_cell_is_refused(tmp_path):
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("seed = 0")]), tmp_path / "nb.ipynb")
     with pytest.raises(ValueError, match="no cell tagged 'parameters'"):
         execute(tmp_path / "nb.ipynb", tmp_path / "out.ipynb", {"seed": 1})
-
-
-def test_help_is_quick():
-    started = time.monotonic()
-    assert subprocess.run([MLD, "--help"], capture_output=True).returncode == 0
-    assert time.monotonic() - started < 2
