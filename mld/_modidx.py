@@ -878,6 +878,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mld.training.load_checkpoint': ('training.html#load_checkpoint', 'mld/training.py'),
                               'mld.training.load_weights': ('training.html#load_weights', 'mld/training.py'),
                               'mld.training.own_stream': ('training.html#own_stream', 'mld/training.py'),
+                              'mld.training.precision_on': ('training.html#precision_on', 'mld/training.py'),
                               'mld.training.run_job': ('training.html#run_job', 'mld/training.py'),
                               'mld.training.save_checkpoint': ('training.html#save_checkpoint', 'mld/training.py'),
                               'mld.training.save_weights': ('training.html#save_weights', 'mld/training.py'),

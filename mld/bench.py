@@ -27,7 +27,7 @@ from .model import MLD, Together, encode_all
 from .nets import n_params
 from .samplers import SAMPLERS
 from .stages import read_row_file, write_rows
-from .training import PRECISIONS, Trainer, Training, batches, has_bf16, own_stream
+from .training import PRECISIONS, Trainer, Training, batches, own_stream, precision_on
 
 # %% ../nbs/47_bench.ipynb #189d8eba
 def clock(
@@ -62,7 +62,7 @@ def precisions_on(
     device: torch.device,
 ) -> list[str]:  # names in `PRECISIONS`
     "Those that compute in what they are called after; the others are `fp32` there."
-    return [name for name, dtype in PRECISIONS.items() if dtype is None or has_bf16(device)]
+    return [name for name in PRECISIONS if precision_on(device, name) == name]
 
 def measure_machine(
     device: torch.device,
@@ -206,15 +206,16 @@ def sampling_ms(
 
 # %% ../nbs/47_bench.ipynb #d821218a
 WAYS = {  # variant -> precision, compiled?, and in which mode
-    "fp32": ("fp32", False), "fp32, compiled": ("fp32", True), "bf16": ("bf16", False), "bf16, compiled": ("bf16", True), "bf16, CUDA graphs": ("bf16", True, "reduce-overhead")}
+    "fp32": ("fp32", False), "fp32, compiled": ("fp32", True),
+    "bf16": ("bf16", False), "bf16, compiled": ("bf16", True), "bf16, CUDA graphs": ("bf16", True, "reduce-overhead")}
 
 def ways_on(
     device: torch.device,
     compile: bool,  # those that are compiled, too?
 ) -> dict[str, tuple]:
     "The ways that can be gone on a device."
-    fit = {name: way for name, way in WAYS.items() if way[0] in precisions_on(device) and (device.type == "cuda" or "CUDA" not in name)}
-    return {name: way for name, way in fit.items() if compile or not way[1]}
+    return {name: way for name, way in WAYS.items()
+            if way[0] in precisions_on(device) and (compile or not way[1]) and (device.type == "cuda" or "CUDA" not in name)}
 
 def peak_mb(
     device: torch.device,

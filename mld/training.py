@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'atomic', 'checksum', 'save_weights', 'CorruptFile', 'load_weights', 'save_checkpoint',
-           'load_checkpoint', 'has_bf16', 'autocast', 'Training', 'batches', 'stop_signals', 'Diverged', 'own_stream',
-           'as_graph', 'Trainer', 'train', 'start_worker', 'run_job', 'side_by_side']
+           'load_checkpoint', 'has_bf16', 'precision_on', 'autocast', 'Training', 'batches', 'stop_signals', 'Diverged',
+           'own_stream', 'as_graph', 'Trainer', 'train', 'start_worker', 'run_job', 'side_by_side']
 
 # %% ../nbs/06_training.ipynb #57e6b917
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -115,13 +115,20 @@ def has_bf16(
     if device.type == "cuda": return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
+def precision_on(
+    device: torch.device,
+    precision: str,  # a name in `PRECISIONS`
+) -> str:            # likewise
+    "What a precision is on a device: itself, or `fp32` where it has no units for it."
+    return precision if lookup("precision", precision, PRECISIONS) is None or has_bf16(device) else "fp32"
+
 def autocast(
     precision: str,         # a name in `PRECISIONS`
     device: torch.device,   # of the network
 ) -> torch.autocast:
     "A context in which networks compute in this precision, or in 32 bits where the device has no units for it."
-    cast_to = lookup("precision", precision, PRECISIONS)
-    return torch.autocast(device.type, cast_to, enabled=cast_to is not None and has_bf16(device))
+    cast_to = PRECISIONS[precision_on(device, precision)]
+    return torch.autocast(device.type, cast_to, enabled=cast_to is not None)
 
 @dataclass(frozen=True)
 class Training:
@@ -227,8 +234,7 @@ class Trainer:
         self.model, self.loss, self.data, self.how, self.seed, self.folder = model, loss, data, how, seed, folder
         self.device = next(model.parameters()).device
         self.n = len(next(iter(data.values())))
-        self.config = {**asdict(how), "seed": seed, "n": self.n, "device": self.device.type, **(config or {})}
-        if not has_bf16(self.device): self.config["precision"] = "fp32"
+        self.config = {**asdict(how), "precision": precision_on(self.device, how.precision), "seed": seed, "n": self.n, "device": self.device.type, **(config or {})}
         self.gpu, self.home = self.device.type == "cuda", next(iter(data.values())).device
         self.capture = as_graph if graph and self.graphs and self.gpu and self.home == self.device else None
         self.replay, self.tried = None, 0
