@@ -114,14 +114,16 @@ class TokenBlock(nn.Module):
         self.mlp = nn.Sequential(TokenLinear(n, width, 4 * width), nn.GELU("tanh"), TokenLinear(n, 4 * width, width))
 
     def attend(self, x: Tensor, mask: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 1, 3, 0, 4)  # each (B, heads, n, d)
-        return self.proj(F.scaled_dot_product_attention(q, k, v, mask).permute(2, 0, 1, 3).flatten(2))
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).unbind(2)  # each (n, B, heads, d)
+        match = (q[:, None] * k).sum(-1) * q.shape[-1]**-.5                # of row and column, (n, n, B, heads)
+        share = match.masked_fill(~mask, -math.inf).softmax(1)
+        return self.proj((share[..., None] * v).sum(1).flatten(2))
 
     def forward(
         self,
         h: Tensor,     # tokens, (n, B, width)
         emb: Tensor,   # time embedding of each, (n, B, d_time)
-        mask: Tensor,  # bool (B, 1, n, n), True where the row's token may look at the column's
+        mask: Tensor,  # bool (n, n, B, 1), True where the row's token may look at the column's
     ) -> Tensor:       # (n, B, width)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(emb).chunk(6, 2)
         h = h + gate_a * self.attend(modulate(h, shift_a, scale_a), mask)
@@ -175,7 +177,7 @@ class TokenTransformer(nn.Module):
         n, t = len(self.owner), t[:, self.owner]
         tokens = z_t.new_zeros(len(z_t), n * self.chunk).index_copy(1, self.slots, z_t).unflatten(1, (n, -1))
         emb = self.time(time_features(t.T, self.time[0].in_features))
-        mask = (t < 1)[:, None, None, :] | torch.eye(n, dtype=torch.bool, device=t.device)
+        mask = (t.T < 1)[None, :, :, None] | torch.eye(n, dtype=torch.bool, device=t.device)[:, :, None, None]
         h = self.inp(tokens.transpose(0, 1))
         for block in self.blocks: h = block(h, emb, mask)
         out = self.head(modulate(h, *self.modulation(emb).chunk(2, 2)))
