@@ -70,6 +70,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'mld.bench.bench_rows': ('bench.html#bench_rows', 'mld/bench.py'),
                            'mld.bench.clock': ('bench.html#clock', 'mld/bench.py'),
                            'mld.bench.count_calls': ('bench.html#count_calls', 'mld/bench.py'),
+                           'mld.bench.endless': ('bench.html#endless', 'mld/bench.py'),
                            'mld.bench.floor_ms': ('bench.html#floor_ms', 'mld/bench.py'),
                            'mld.bench.growth_rows': ('bench.html#growth_rows', 'mld/bench.py'),
                            'mld.bench.growth_table': ('bench.html#growth_table', 'mld/bench.py'),

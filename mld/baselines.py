@@ -28,7 +28,7 @@ def multivae() -> ModuleType:
     "The module MultiVae, imported when it is first needed: it is optional and slow to import, and needs torchvision to be there before it."
     torchvision()
     try: import multivae.models, multivae.models.nn, multivae.data
-    except ModuleNotFoundError as e: raise ModuleNotFoundError('the VAE baselines need MultiVae: pip install "mld[baselines]"') from e
+    except ModuleNotFoundError as e: raise ModuleNotFoundError('the VAE baselines need MultiVae: pip install -e ".[baselines]"') from e
     return multivae
 
 # %% ../nbs/30_baselines.ipynb #48fca081

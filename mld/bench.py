@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['SAMPLINGS', 'WAYS', 'GROW', 'clock', 'take_turns', 'Machine', 'precisions_on', 'measure_machine', 'step_work',
-           'floor_ms', 'bare_model', 'stepper', 'Tuples', 'published_stepper', 'together_stepper', 'count_calls',
-           'walk', 'sampling_ms', 'ways_on', 'peak_mb', 'new_model', 'step_rows', 'sampling_rows', 'growth_rows',
-           'bench_rows', 'step_table', 'sampling_table', 'growth_table', 'show_roofline']
+           'floor_ms', 'bare_model', 'stepper', 'Tuples', 'endless', 'published_stepper', 'together_stepper',
+           'count_calls', 'walk', 'sampling_ms', 'ways_on', 'peak_mb', 'new_model', 'step_rows', 'sampling_rows',
+           'growth_rows', 'bench_rows', 'step_table', 'sampling_table', 'growth_table', 'show_roofline']
 
 # %% ../nbs/47_bench.ipynb #6d89e4f1
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import cycle
 from statistics import median
 import resource, time
 import pandas as pd
@@ -61,7 +60,7 @@ class Machine:
 def precisions_on(
     device: torch.device,
 ) -> list[str]:  # names in `PRECISIONS`
-    "Those that compute in what they are called after; the others are `fp32` there."
+    "Precisions that the device really computes in; the others fall back to `fp32` there."
     return [name for name in PRECISIONS if precision_on(device, name) == name]
 
 def measure_machine(
@@ -134,6 +133,12 @@ class Tuples(Dataset):
     def __len__(self) -> int: return len(self.split)
     def __getitem__(self, i: int) -> dict[str, Tensor]: return {name: to_unit(x[i]) for name, x in self.split.batch.items()}
 
+def endless(
+    loader: DataLoader,
+) -> Iterator[dict[str, Tensor]]:  # its batches, in a new order in every pass
+    "Pass after pass over the data."
+    while True: yield from loader
+
 def published_stepper(
     model: MLD,       # with autoencoders
     split: Split,     # of images and whatever else there is
@@ -142,8 +147,8 @@ def published_stepper(
     "One step of training the score network from data, written as in the published experiments."
     net, states = model.denoiser, model.training_states(draw="batch", times="uniform")
     opt, average = torch.optim.Adam(net.parameters(), how.lr), {k: v.clone() for k, v in net.state_dict().items()}
-    data = cycle(DataLoader(Tuples(split), how.batch_size, shuffle=True, drop_last=True)) if len(split) >= how.batch_size else None
-    if data is None: raise ValueError(f"expected at least {how.batch_size} tuples, got {len(split)}")
+    if len(split) < how.batch_size: raise ValueError(f"expected at least {how.batch_size} tuples, got {len(split)}")
+    data = endless(DataLoader(Tuples(split), how.batch_size, shuffle=True, drop_last=True))
     def step():
         z = model.scale(encode_all(model.autoencoders, next(data)))
         t, eps = states(torch.ones(len(z), len(model.modalities), dtype=torch.bool, device=z.device), torch.default_generator)

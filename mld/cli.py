@@ -48,7 +48,7 @@ def parameters_of(
     chosen = dict(map(parse_setting, settings))
     overrides = {k: v for k, v in chosen.items() if k not in own}
     its = own | {k: v for k, v in chosen.items() if k in own} | asked | {"overrides": overrides}
-    for dataset in its.get("datasets") or TABLES[table].datasets:
+    for dataset in its.get("datasets") or ([its["dataset"]] if "dataset" in own else TABLES[table].datasets):
         settings_for(lookup("data set of this table", dataset, TABLES[table].datasets), its["preset"], overrides)
     if "seeds" not in own: return its, table_folder(its["out"], table, its["preset"], overrides, [its["seed"]], its.get("source", ""))
     for model in its["models"]: lookup("model of this table", model, TABLES[table].models)
@@ -70,12 +70,13 @@ def fail(error: Exception) -> None:
 
 @app.command("list")
 def list_tables() -> None:
-    "Tables with their models, and studies; their data sets, presets and the time they take on two CPU cores."
+    "Tables with their models, and studies; their data sets, presets and times."
     from mld.settings import PRESETS, TABLES
     for name, table in TABLES.items():
         typer.echo(f"{name}: {', '.join(table.models)}" if table.models else name)
         for dataset in table.datasets:
             for preset, its in PRESETS[dataset].items(): typer.echo(f"  {dataset:<14} {preset:<8} {its.expect}")
+    typer.echo("Times are of one model, most of it for the autoencoders and classifiers, which the models of a table share. What all of it takes, its notebook says.")
 
 def parts_of(table: str, rows) -> list[str]:
     "What a terminal shows of a run's rows."

@@ -179,7 +179,7 @@ class TokenTransformer(nn.Module):
         emb = self.time(time_features(t.T, self.time[0].in_features))
         mask = (t.T < 1)[None, :, :, None] | torch.eye(n, dtype=torch.bool, device=t.device)[:, :, None, None]
         h = self.inp(tokens.transpose(0, 1))
-        for block in self.blocks: h = block(h, emb, mask)
+        for layer in self.blocks: h = layer(h, emb, mask)
         out = self.head(modulate(h, *self.modulation(emb).chunk(2, 2)))
         return out.transpose(0, 1).flatten(1)[:, self.slots]
 

@@ -140,7 +140,7 @@ class Training:
     cooldown: float = 0.       # last fraction of the steps, over which it falls to 0
     clip: float | None = None  # largest norm of the gradient
     ema: float | None = None   # decay of the moving average of the weights
-    precision: str = "fp32"    # a name in `PRECISIONS`; "bf16" is "fp32" on a device without units for it
+    precision: str = "fp32"    # a name in `PRECISIONS`; a device without units for bfloat16 computes "bf16" in 32 bits
 
     def __post_init__(self): lookup("precision", self.precision, PRECISIONS)
 

@@ -255,7 +255,7 @@ def test_several_processes_only_train_score_networks(unscored, monkeypatch):
 def snakemake(root, plan_file, *args):
     command = shutil.which("snakemake", path=os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]))
     if not command:
-        pytest.skip("snakemake is not installed: pip install 'mld[cluster]'")
+        pytest.skip("snakemake is not installed: pip install -e '.[cluster]'")
     return subprocess.run([command, "--snakefile", root / "workflow" / "Snakefile", "--profile", root / "workflow" / "profiles" / "local", "--cores", "1", *args,
                            "--config", f"plan={plan_file}", f"mld={sys.executable} {TOY}", "device=cpu"],
                           cwd=Path(plan_file).parent, env=ENV, capture_output=True, text=True)

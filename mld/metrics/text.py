@@ -131,7 +131,7 @@ def load_clip(
 ) -> CLIP:
     "CLIP from this disk. `ValueError` without transformers, `FileNotFoundError` without weights, `CorruptFile` when they are damaged."
     try: from transformers import CLIPModel, CLIPTokenizerFast
-    except ImportError as e: raise ValueError('CLIP needs the library transformers; install it with: pip install "mld[clip]"') from e
+    except ImportError as e: raise ValueError('CLIP needs the library transformers; install it with: pip install -e ".[clip]"') from e
     try:
         model = CLIPModel.from_pretrained(name, local_files_only=True)
         return CLIP(model, CLIPTokenizerFast.from_pretrained(name, local_files_only=True), model.config.vision_config.image_size)
