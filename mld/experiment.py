@@ -310,12 +310,12 @@ class Run(Encoded):
         "Name, settings and making of the stage of the score network: its weights, and its losses as `info['history']`."
         how, recipe = self.training("score"), self.recipe
         def make(folder):
-            z = self.latents.tensors["train"].to(self.device)
+            z = self.latents.tensors["train"][:self.settings.tuples or None].to(self.device)
             model = self.new_model()
             history = model.fit(z, how, seed=self.seed, folder=folder, progress=self.origin["progress"], present=self.present, **recipe)
             return model.denoiser.state_dict(), {"history": history, "seconds": history[-1]["seconds"]}
-        missing = self.pick("missing") if self.settings.missing else {}
-        settings = {"latents": self.latents.key, "seed": self.seed, **recipe, **missing, **asdict(how), **self.net_args}
+        fewer = self.pick(*(name for name in ("tuples", "missing") if getattr(self.settings, name)))
+        settings = {"latents": self.latents.key, "seed": self.seed, **recipe, **fewer, **asdict(how), **self.net_args}
         return "score", settings, make
 
     @cached_property
@@ -331,7 +331,7 @@ class Run(Encoded):
     def present(self) -> Tensor | None:
         "Which modalities each training tuple has, bool (N, M), at least one; nothing where none is missing."
         if not self.settings.missing: return None
-        score = torch.rand(len(self.data.train), len(self.data.names), generator=torch.Generator().manual_seed(0))
+        score = torch.rand(len(self.data.train), len(self.data.names), generator=torch.Generator().manual_seed(0))[:self.settings.tuples or None]
         return (score >= self.settings.missing) | (score == score.amax(1, keepdim=True))
 
     @cached_property

@@ -56,7 +56,8 @@ class Settings:
     times: str = "logit_normal"         # law of t, a name in `TIMES`
     p_joint: float = .5                 # how often nothing is given
     task: list = field(default_factory=list)  # with the draw "task": what is always given
-    missing: float = 0.                 # of the modalities of training tuples, hidden at random
+    tuples: int = 0                     # that it is trained on, the first ones; 0: all, as the autoencoders are
+    missing: float = 0.                 # of the modalities of these tuples, hidden at random
     balance: str = "none"               # of the modalities in the loss, a name in `BALANCES`
     condition: str = "hold"             # how what is given enters, a name in `CONDITIONS`
     steps: int = 5000

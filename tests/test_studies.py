@@ -17,7 +17,7 @@ STUDIES = {
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_study_runs_from_end_to_end(name, tmp_path):
-    small = [s for s in SMALL if not (s.startswith("n_train") and name == "incomplete") and not (s.startswith("steps") and name == "guidance")]
+    small = [s for s in SMALL if not (s.startswith("steps") and name == "guidance")]
     its, folder = parameters_of(name, {"preset": "smoke", "out": str(tmp_path), "device": "cpu"}, [*small, *STUDIES[name]])
     execute(table_notebook(name), folder / "notebook.ipynb", its)
     rows = read_row_file(folder / "rows.csv")
