@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LIKELIHOODS', 'ARCHITECTURES', 'KINDS', 'gaussian', 'laplace', 'bernoulli', 'categorical', 'lookup',
-           'register_architecture', 'show_image', 'show_curve', 'Modality', 'check_batch', 'to_unit', 'Column',
-           'subsets', 'join', 'split', 'owners']
+           'register_architecture', 'show_image', 'show_curve', 'Modality', 'check_batch', 'size_of', 'to_unit',
+           'Column', 'subsets', 'join', 'split', 'owners']
 
 # %% ../nbs/00_modality.ipynb #9e85e401
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -101,6 +101,10 @@ class Modality:
     kind: str = ""                    # what it is and how it is drawn, a name in `KINDS`; by default an image if shaped like one, else a curve
     names: tuple[str, ...] = ()       # of the last dimension, where it has any: the words of a vocabulary, the attributes
 
+    def __post_init__(self):
+        if not isinstance(self.shape, Sequence): raise ValueError(f"modality {self.name!r}: expected a shape like (3, 32, 32) or (12,), got {self.shape!r}")
+        lookup("likelihood", self.likelihood, LIKELIHOODS)
+
     def encoder(self) -> nn.Module:
         "A new network from (B, *shape) to (B, latent)."
         return lookup("architecture", self.architecture, ARCHITECTURES)[0](self)
@@ -124,7 +128,7 @@ class Modality:
         "`x` itself, or a `ValueError` that says what came and what was expected."
         want = f"modality {self.name!r}: expected a float tensor (B, {', '.join(map(str, self.shape))})"
         if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise ValueError(f"{want}, got {getattr(x, 'dtype', type(x).__name__)}")
+            raise ValueError(f"{want}, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
         if tuple(x.shape[1:]) != tuple(self.shape): raise ValueError(f"{want}, got {tuple(x.shape)}")
         if len(x) == 0: raise ValueError(f"{want}, got an empty batch")
         if not x.isfinite().all(): raise ValueError(f"{want}, got NaN or infinite values")
@@ -158,16 +162,22 @@ def check_batch(
     for name, x in batch.items(): lookup("modality", name, known).check(x)
     if complete and (missing := [n for n in known if n not in batch]):
         raise ValueError(f"missing modality {', '.join(map(repr, missing))}; expected all of {', '.join(known)}")
+    return size_of(batch)
+
+def size_of(
+    batch: Mapping[str, Tensor],  # name -> (B, *shape)
+) -> int:                         # B
+    "How many tuples are in a batch; `ValueError` if its modalities differ."
     sizes = {name: len(x) for name, x in batch.items()}
     if len(set(sizes.values())) > 1: raise ValueError(f"modalities of one batch differ in length: {sizes}")
-    return len(x)
+    return next(iter(sizes.values()))
 
 # %% ../nbs/00_modality.ipynb #06443068
 def to_unit(
     x: Tensor,  # uint8 in 0..255, or a float tensor
 ) -> Tensor:    # float tensor; bytes are scaled to [0, 1]
     "Bytes as floats in [0, 1]; floats as they are."
-    return x if x.is_floating_point() else x.float() / 255
+    return x if not isinstance(x, Tensor) or x.is_floating_point() else x.float() / 255
 
 # %% ../nbs/00_modality.ipynb #96072590
 class Column:

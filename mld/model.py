@@ -19,9 +19,9 @@ from tqdm import trange
 from .autoencoders import Autoencoder, fit_autoencoder
 from .denoiser import BALANCES, DRAWS, Denoiser, draw_task, hide_missing, in_halves
 from .guidance import Without
-from .modality import ARCHITECTURES, Column, Modality, check_batch, join, lookup, split, to_unit
+from .modality import ARCHITECTURES, Column, Modality, check_batch, join, lookup, size_of, split, to_unit
 from .nets import NETS, compiled, compiling_pays
-from .samplers import SAMPLERS, about_calls
+from .samplers import SAMPLERS, about_calls, options_of
 from .sde import PROCESSES, TIMES
 from .training import CorruptFile, Diverged, Training, autocast, batches, load_weights, save_weights, side_by_side, train
 
@@ -105,6 +105,7 @@ def fit_autoencoders(
 ) -> dict[str, list[dict]]:             # losses by modality
     "Train every autoencoder on its own, then measure the latents of the whole training set."
     check_batch({k: to_unit(x[:16]) for k, x in data.items()}, self.modalities, complete=True)
+    size_of(data)
     how = {m.name: how if isinstance(how, Training) else lookup("modality", m.name, how) for m in self.modalities}
     jobs = [partial(fit_autoencoder, m, data[m.name], how[m.name], noise=noise, seed=seed, folder=folder and Path(folder) / m.name,
                     progress=progress) for m in self.modalities]
@@ -213,7 +214,8 @@ def fit(
     progress: bool = True,
 ) -> list[dict]:                        # losses
     "Train the score network on cached latents, of which some may be missing; the sum of its losses starts near D."
-    if z.ndim != 2 or z.shape[1] != len(self.mean): raise ValueError(f"expected latents (N, {len(self.mean)}), got {tuple(z.shape)}")
+    if not isinstance(z, Tensor) or z.ndim != 2 or z.shape[1] != len(self.mean):
+        raise ValueError(f"expected latents (N, {len(self.mean)}), which `encode` makes of data, got {tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__}")
     present = torch.ones(len(z), len(self.modalities), dtype=torch.bool, device=z.device) if present is None else present.to(z.device)
     if present.dtype != torch.bool or present.shape != (len(z), len(self.modalities)):
         raise ValueError(f"expected present as bool ({len(z)}, {len(self.modalities)}), got {present.dtype} {tuple(present.shape)}")
@@ -308,6 +310,7 @@ def sample(
     "Sample latents, jointly or given some modalities, whose latents come back as they are."
     if n < 1: raise ValueError(f"n must be at least 1, got {n}")
     walk = lookup("sampler", sampler, SAMPLERS)
+    for name in options: lookup(f"option of the sampler {sampler}", name, options_of(walk))
     given = {} if given is None else {k: x.to(self.device) for k, x in given.items()}
     for name in absent:
         if lookup("modality", name, self.names) in given: raise ValueError(f"modality {name!r} is both given and absent")

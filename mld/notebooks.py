@@ -48,7 +48,8 @@ def execute(
     page.unlink(missing_ok=True)
     try:
         papermill.execute_notebook(str(source), str(part), parameters, kernel_name="python3", progress_bar=False,
-                                   cwd=str(target.parent), stderr_file=sys.stderr, stdout_file=sys.stdout)
+                                   cwd=str(target.parent), stderr_file=sys.stderr, stdout_file=sys.stdout,
+                                   extra_arguments=["--IPKernelApp.log_level=CRITICAL"])  # errors of cells come anyway
     finally:
         if part.exists():
             done = settle(nbformat.read(part, 4))

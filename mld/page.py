@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FRONT', 'TITLE', 'TEXT', 'FRAME', 'column_name', 'markdown_table', 'command', 'provenance', 'draw_plots', 'Line',
-           'front_table', 'links', 'table_page', 'page_of', 'write_pages']
+           'rows_behind', 'front_table', 'links', 'table_page', 'page_of', 'write_pages']
 
 # %% ../nbs/49_page.ipynb #3005c0a8
 from collections.abc import Iterator
@@ -117,14 +117,22 @@ FRONT = {  # data -> title -> what is shown
         "MLD, the paper's recipe": Line("mnist_svhn", "MLD (paper)", "repaint", "repaint"),
         "MVTCAE": Line("mnist_svhn", "MVTCAE", "mixture", "own")}}
 
+def rows_behind(
+    line: Line,
+    root: str | Path,  # of the results
+) -> pd.DataFrame:
+    "The rows that a line of the front page is about."
+    rows = read_rows(Path(root) / line.table)
+    return rows[(rows.preset == line.preset) & (rows.dataset == (line.dataset or line.table)) & (rows.variant == line.variant)]
+
 def front_table(root: str | Path = COMMITTED) -> pd.DataFrame:  # text
-    "The table of the README, from the rows below a folder."
+    "The table of the README, from the rows below a folder: of each data set what is given in all of its lines."
     columns, lines = [f"{metric}, {case}" for metric in ("coherence", "fmd", "recall") for case in ("joint", "1 given")], []
     for data, titles in FRONT.items():
-        for k, (title, line) in enumerate(titles.items()):
-            rows, dataset = read_rows(Path(root) / line.table), line.dataset or line.table
-            rows = rows[(rows.preset == line.preset) & (rows.dataset == dataset) & (rows.variant == line.variant)]
-            found, calls = brief(rows, columns, ["sampler"]), int(rows.nfe[rows.sampler == line.joint].max())
+        behind = [rows_behind(line, root) for line in titles.values()]
+        alike = set.intersection(*(set(rows.given) for rows in behind))
+        for k, (title, line, rows) in enumerate(zip(titles, titles.values(), behind)):
+            found, calls = brief(rows[rows.given.isin(alike)], columns, ["sampler"]), int(rows.nfe[rows.sampler == line.joint].max())
             numbers = {c.replace("fmd", "FMD"): found.loc[line.joint if "joint" in c else line.given, c] for c in columns}
             lines.append({"": "" if k else data, "model": title, "network calls": calls if calls > 1 else "", **numbers})
     return pd.DataFrame(lines)

@@ -14,7 +14,7 @@ from pathlib import Path
 import json, os, re, shutil
 import torch
 from safetensors import safe_open
-from .data.dataset import DATASETS, SOURCES
+from .data.dataset import source_of
 from .data.files import RECIPES, Recipe, prepare
 from .distributed import launch, processes, score_together
 from .experiment import BaselineRun, Run, make_run, make_stage, runs_of, table_folder
@@ -127,10 +127,8 @@ def estimate(
 # %% ../nbs/51_plan.ipynb #ac0a1ef7
 def unprepared(run: Run | BaselineRun) -> Recipe | None:
     "How the run's data is prepared, if that is still to be done."
-    s, sources = run.settings, DATASETS[run.settings.dataset]
-    source = s.source or [x for x in SOURCES if x in sources][-1]
-    lookup(f"source of {s.dataset}", source, sources)
-    recipe = RECIPES.get(s.dataset, {}).get(source)
+    s = run.settings
+    recipe = RECIPES.get(s.dataset, {}).get(source_of(s.dataset, s.source))
     return recipe if recipe and recipe.files and not recipe.folder(run.origin["data"]).exists() else None
 
 def jobs_of(
@@ -252,4 +250,4 @@ def describe(
              f"one after another, and {sum(job.size or 0 for job in todo) / 1e6:.0f} MB. {len(new)} are new. "
              f"{shutil.disk_usage(place).free / 1e9:.0f} GB are free.")
     expected = sorted({job.expect for job in new if job.expect})
-    return "\n".join([*lines, total, *[f"A run without baselines, of a preset of the new ones: {expect}." for expect in expected]])
+    return "\n".join([*lines, total, *[f"A run of one model takes, by its data set: {', '.join(expected)}."] * bool(expected)])

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['GRIDS', 'SAMPLERS', 'begin', 'state', 'log_snr_range', 'times_at', 'uniform_grid', 'log_snr_grid', 'karras_grid',
            'grid_times', 'at', 'reverse_step', 'euler_maruyama', 'jump_schedule', 'forward_step', 'repaint', 'along',
-           'ddim', 'heun', 'exponential_step', 'lambda_step', 'dpm_solver', 'langevin_step', 'langevin', 'about_calls']
+           'ddim', 'heun', 'exponential_step', 'lambda_step', 'dpm_solver', 'langevin_step', 'langevin', 'options_of',
+           'about_calls']
 
 # %% ../nbs/05_samplers.ipynb #85c3f0df
 from collections.abc import Callable, Mapping
@@ -300,6 +301,12 @@ SAMPLERS: dict[str, Callable] = {"em": euler_maruyama, "repaint": repaint, "ddim
                                  "dpm_sde": partial(dpm_solver, noise=1.), "langevin": langevin}
 
 # %% ../nbs/05_samplers.ipynb #b2c82434
+def options_of(
+    walk: Callable,  # a sampler
+) -> list[str]:
+    "What may be chosen of it: steps, grid..."
+    return [name for name, p in signature(walk).parameters.items() if p.kind is p.KEYWORD_ONLY and name != "generator"]
+
 def about_calls(
     walk: Callable,    # a sampler
     options: Mapping,  # that it will be called with

@@ -142,7 +142,10 @@ class Training:
     ema: float | None = None   # decay of the moving average of the weights
     precision: str = "fp32"    # a name in `PRECISIONS`; a device without units for bfloat16 computes "bf16" in 32 bits
 
-    def __post_init__(self): lookup("precision", self.precision, PRECISIONS)
+    def __post_init__(self):
+        lookup("precision", self.precision, PRECISIONS)
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1: raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def rate(
         self,

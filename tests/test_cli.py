@@ -50,11 +50,20 @@ def test_run_from_any_folder_leaves_everything_in_out(tiny, tmp_path, root):
     (["run", "polydigits", "--set", "step=5"], "unknown setting 'step'; known: dataset, source"),
     (["run", "polydigits", "--set", "steps=many"], "setting 'steps' is int"),
     (["run", "polydigits", "--sede", "5"], "No such option"),
+    (["run", "polydigits", "--set", "steps=-5"], "setting 'steps' must be at least 1, got -5"),
+    (["run", "polydigits", "--source", "open"], "unknown source of polydigits 'open'; known: embedded"),
+    (["run", "mhd", "--source", "open", "--data", "nowhere"], "nowhere; `mld data get mhd --source open` says where from"),
 ])
 def test_mistakes_are_refused_before_anything_runs(args, why, tmp_path):
     done = mld(*args, cwd=tmp_path)
     assert done.returncode == 2 and why in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_raw_data_is_looked_for_beside_the_command(tmp_path, monkeypatch):
+    "and not beside the notebook, which runs elsewhere."
+    monkeypatch.delenv("MLD_DATA", raising=False)
+    assert f"in {tmp_path / 'data'};" in mld("run", "mhd", "--source", "open", cwd=tmp_path).stderr
 
 
 def test_plain_papermill_with_a_mistyped_parameter_fails(tmp_path):
