@@ -96,6 +96,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                          'mld.cli.check_data': ('cli.html#check_data', 'mld/cli.py'),
                          'mld.cli.datasets_of': ('cli.html#datasets_of', 'mld/cli.py'),
                          'mld.cli.fail': ('cli.html#fail', 'mld/cli.py'),
+                         'mld.cli.first_sentence': ('cli.html#first_sentence', 'mld/cli.py'),
                          'mld.cli.get': ('cli.html#get', 'mld/cli.py'),
                          'mld.cli.job': ('cli.html#job', 'mld/cli.py'),
                          'mld.cli.list_data': ('cli.html#list_data', 'mld/cli.py'),

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['app', 'Device', 'Out', 'Folder', 'data_app', 'Name', 'Source', 'parse_setting', 'words', 'numbers', 'datasets_of',
-           'parameters_of', 'check_data', 'fail', 'list_tables', 'parts_of', 'run', 'measure', 'bench', 'report',
-           'publish', 'reproduce', 'job', 'recipe_of', 'list_data', 'get', 'prepare', 'check', 'show']
+           'parameters_of', 'check_data', 'fail', 'first_sentence', 'list_tables', 'parts_of', 'run', 'measure',
+           'bench', 'report', 'publish', 'reproduce', 'job', 'recipe_of', 'list_data', 'get', 'prepare', 'check',
+           'show']
 
 # %% ../nbs/59_cli.ipynb #73c87170
 from pathlib import Path
 from typing import Annotated, Any
-import ast, json, sys, time
+import ast, json, re, sys, time
 import typer
 from .notebooks import execute, home, table_notebook, terminate_as_interrupt
 
@@ -91,15 +92,24 @@ def fail(error: Exception) -> None:
     typer.echo(f"mld: {error}", err=True)
     raise typer.Exit(2)
 
+def first_sentence(
+    notebook: Path,
+) -> str:
+    "What a notebook is about: the first sentence below its heading."
+    text = "".join(json.loads(notebook.read_text())["cells"][0]["source"]).split("\n\n")[1].replace("\n", " ")
+    return re.match(r".+?[.?](?= |$)", text).group()
+
 @app.command("list")
 def list_tables() -> None:
-    "Tables with their models, and studies; their data sets, presets and times."
+    "Tables and studies, with what they are about, their data sets and models; the data sets with their presets and times."
     from mld.settings import PRESETS, TABLES
     for name, table in TABLES.items():
-        typer.echo(f"{name}: {', '.join(table.models)}" if table.models else name)
-        for dataset in table.datasets:
-            for preset, its in PRESETS[dataset].items(): typer.echo(f"  {dataset:<14} {preset:<8} {its.expect}")
-    typer.echo("Times are of one model, most of it for the autoencoders and classifiers, which the models of a table share. What all of it takes, its notebook says.")
+        typer.echo(f"{name}: {first_sentence(table_notebook(name))}\n    data sets: {', '.join(table.datasets)}")
+        if table.models: typer.echo(f"    models: {', '.join(table.models)}")
+    typer.echo("\nData sets, where presets take them from, and the time of one model. Most of it goes to autoencoders and classifiers, which the models of a\n"
+               "table share; what a whole table or study takes, its notebook says.")
+    for dataset, its in PRESETS.items():
+        typer.echo(f"  {dataset} ({its['laptop'].settings.source or 'embedded'}): {'; '.join(f'{preset}, {p.expect}' for preset, p in its.items())}")
 
 def parts_of(table: str, rows) -> list[str]:
     "What a terminal shows of a run's rows."
