@@ -29,4 +29,4 @@ lab: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv

@@ -186,7 +186,8 @@ class Experiment(Setup):
 
     def request_key(self, given: tuple[str, ...]) -> dict:
         "What stands for a `request` in the keys of stages."
-        return {"given": given, "seed": self.seed, **self.pick("n_given" if given else "n_joint", "protocol")}
+        of = {"judged": self.judged.fingerprint()} if given else {}
+        return {"given": given, "seed": self.seed, **of, **self.pick("n_given" if given else "n_joint", "protocol")}
 
     @property
     def has_classes(self) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from .denoiser import Denoiser
-from .sde import VPProcess
+from .sde import Process
 
 # %% ../nbs/09_guidance.ipynb #3728306b
 class Around:
@@ -23,7 +23,7 @@ class Around:
     @property
     def owner(self) -> Tensor: return self.denoiser.owner
     @property
-    def process(self) -> VPProcess: return self.denoiser.process
+    def process(self) -> Process: return self.denoiser.process
     @property
     def calls(self) -> int: return self.denoiser.calls
 
@@ -71,7 +71,7 @@ class Guidance(Around):
     ):
         super().__init__(denoiser)
         n = len(denoiser.sizes)
-        if not isinstance(weight, Sequence): self.terms = [(weight, torch.ones(n, dtype=torch.bool))]
+        if not isinstance(weight, Sequence): self.terms = [(weight, torch.ones(n, dtype=torch.bool))] if weight else []
         elif len(weight) == n: self.terms = [(w, mine) for w, mine in zip(weight, torch.eye(n, dtype=torch.bool)) if w != 0]
         else: raise ValueError(f"expected one weight, or one for each of {n} modalities, got {len(weight)}")
         self.interval, self.seed = check_interval(interval), seed

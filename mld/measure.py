@@ -91,7 +91,7 @@ def clip_look(run: Experiment) -> dict[str, Callable]:
     network = load_clip()
     network.model.to(run.device)
     reads = lambda m: lambda x: network.encode_text(sentences(m, x))
-    return {m.name: reads(m) if m.name in captions else lambda x: network.encode_image(x.clamp(0, 1)) for m in run.data.modalities}
+    return {m.name: reads(m) if m.name in captions else lambda x: network.encode_image(to_unit(x).clamp(0, 1)) for m in run.data.modalities}
 
 LOOKS: dict[str, Callable] = {  # name -> run to {modality: (B, *shape) to (B, ...)}
     "classifier": classifier_look, "inception": inception_look, "sound": sound_look, "names": names_look, "clip": clip_look}
@@ -183,9 +183,10 @@ def measure_bounds(
     run: Run | BaselineRun,
     judge: Judge,
 ) -> list[dict]:
-    "What real data and reconstructions of the held-out tuples reach; distances of `real` are those of validation data."
+    "What real data and reconstructions of the held-out tuples reach; distances of `real` are those of validation to test data, or the other way round."
     bound = {"given": "", "sampler": "", "nfe": 0, "seconds": 0., "network_params": 0, "train_steps": 0}
-    real, unseen = run.conditions(), run.data.val.rows(slice(0, run.settings.n_joint))
+    other = run.data.test if run.protocol.split == "val" else run.data.val
+    real, unseen = run.conditions(), other.rows(slice(0, run.settings.n_joint))
     paired = [row for row in judge(real, given=True) if row["metric"] in PAIRED]
     apart = [row for row in judge(unseen) if row["metric"] not in PAIRED]
     back = judge(run.reconstructions(), given=True)
@@ -220,7 +221,7 @@ def rows_of(
     asked_for = list(metrics) or run.settings.metrics
     cases = tqdm(run.cases, desc="sampling", disable=not run.origin["progress"])
     inputs = {"samples": {f"{s} {g}": run.samples(s, g).key for s, g in cases}, "metrics": asked_for,
-              "readers": run.readers, "val": run.data.val.fingerprint(), **run.pick("n_given", "n_joint", "protocol")}
+              "readers": run.readers, "val": run.data.val.fingerprint(), "judged": run.judged.fingerprint(), **run.pick("n_given", "n_joint", "protocol")}
     def measure(run):
         judge = Judge(run, asked_for)
         return measure_bounds(run, judge) + measure_samples(run, judge) + measure_cost(run)
@@ -306,7 +307,7 @@ def autoencoder_rows(
     run: Encoded,
 ) -> pd.DataFrame:
     "The numbers of a run's autoencoders, measured once and written as `autoencoders.csv` into its folder."
-    inputs = {"latents": run.latents.key, "noised": NOISED, "readers": run.readers, **run.pick("n_given", "protocol")}
+    inputs = {"latents": run.latents.key, "noised": NOISED, "readers": run.readers, "judged": run.judged.fingerprint(), **run.pick("n_given", "protocol")}
     return rows_stage(run, "autoencoders", inputs, measure_autoencoders)
 
 # %% ../nbs/43_measure.ipynb #31f46d1a

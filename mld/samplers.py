@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from .denoiser import Denoiser
 from .modality import lookup
-from .sde import VPProcess, log_snr, time_at_log_snr
+from .sde import Process, log_snr, time_at_log_snr
 
 # %% ../nbs/05_samplers.ipynb #01f8236b
 def begin(
@@ -47,7 +47,7 @@ def state(
 
 # %% ../nbs/05_samplers.ipynb #baf17fe2
 def log_snr_range(
-    process: VPProcess,
+    process: Process,
     t_min: float = 1e-3,   # the last time before 0
     least: float = -5.1,   # log(alpha / sigma) at which noise is as good as pure
 ) -> tuple[float, float]:  # lambda where a walk begins, and at t_min
@@ -55,21 +55,21 @@ def log_snr_range(
     first, last = log_snr(process, torch.tensor([1., t_min], dtype=torch.float64)).tolist()
     return max(first, least), last
 
-def times_at(process: VPProcess, lam: Tensor) -> list[float]:
+def times_at(process: Process, lam: Tensor) -> list[float]:
     "Times at which lambda has these values, none of them above 1."
     return time_at_log_snr(process, lam).clamp(max=1.).tolist()
 
-def uniform_grid(process: VPProcess, steps: int) -> list[float]:
+def uniform_grid(process: Process, steps: int) -> list[float]:
     "Equal steps of t."
     first, = times_at(process, torch.tensor([log_snr_range(process)[0]], dtype=torch.float64))
     return torch.linspace(first, 0., steps + 1, dtype=torch.float64).tolist()
 
-def log_snr_grid(process: VPProcess, steps: int) -> list[float]:
+def log_snr_grid(process: Process, steps: int) -> list[float]:
     "Equal steps of lambda, then 0."
     first, last = log_snr_range(process)
     return times_at(process, torch.linspace(first, last, steps, dtype=torch.float64)) + [0.]
 
-def karras_grid(process: VPProcess, steps: int, rho: float = 7.) -> list[float]:
+def karras_grid(process: Process, steps: int, rho: float = 7.) -> list[float]:
     "Equal steps of (sigma / alpha) to the power 1 / rho, then 0."
     first, last = (math.exp(-lam / rho) for lam in log_snr_range(process))
     return times_at(process, -rho * torch.linspace(first, last, steps, dtype=torch.float64).log()) + [0.]
@@ -138,7 +138,7 @@ def jump_schedule(
 
 # %% ../nbs/05_samplers.ipynb #78de0031
 def forward_step(
-    process: VPProcess,
+    process: Process,
     z_t: Tensor,
     t: float,                    # from here
     t_next: float,               # up to here
@@ -170,7 +170,7 @@ def repaint(
 
 # %% ../nbs/05_samplers.ipynb #a20379d2
 def along(
-    process: VPProcess,
+    process: Process,
     z_t: Tensor,     # (B, D)
     eps: Tensor,     # the noise in it, (B, D)
     t: float,        # from here
@@ -220,7 +220,7 @@ def heun(
 
 # %% ../nbs/05_samplers.ipynb #9ca1e850
 def exponential_step(
-    process: VPProcess,
+    process: Process,
     z_t: Tensor,                # (B, D)
     z_0: Tensor,                # the clean latent under it, (B, D)
     t: float,                   # from here
@@ -236,7 +236,7 @@ def exponential_step(
     if noise == 0: return z_t
     return z_t + s_next * (-math.expm1(-2 * noise * h))**.5 * torch.randn(z_t.shape, generator=generator, device=z_t.device)
 
-def lambda_step(process: VPProcess, t: float, t_next: float) -> float:
+def lambda_step(process: Process, t: float, t_next: float) -> float:
     "By how much log(alpha / sigma) rises; infinite on the step to 0."
     (a, s), (a_next, s_next) = at(process.alpha_sigma, t), at(process.alpha_sigma, t_next)
     return math.log(a_next / a * s / s_next) if t_next > 0 else math.inf
@@ -313,4 +313,4 @@ def about_calls(
 ) -> int:              # to within a factor of two
     "About how many network calls a walk takes."
     asked = {name: p.default for name, p in signature(walk).parameters.items()} | dict(options)
-    return asked.get("steps", 1) * asked.get("passes", 1)
+    return asked.get("steps", 1) * asked.get("passes", 1) * (1 + asked.get("corrections", 0))

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 from .modality import owners
-from .sde import VPProcess
+from .sde import Process, VPProcess
 
 # %% ../nbs/02_toy.ipynb #9bf6dd14
 class Mixture:
@@ -59,7 +59,7 @@ def mode_log_probs(
     toy: Mixture,                      # whose law it is
     z_t: Tensor,                       # (B, D)
     t: Tensor,                         # (B, M)
-    process: VPProcess = VPProcess(),  # of the noise
+    process: Process = VPProcess(),    # of the noise
 ) -> list[Tensor]:                     # per latent, (B, C, K)
     "$\\log p(z_t^m, k \\mid c)$: log density of each noisy latent and each of its sub-modes, given each class."
     out = []
@@ -74,7 +74,7 @@ def class_log_probs(
     toy: Mixture,                      # whose law it is
     z_t: Tensor,                       # (B, D)
     t: Tensor,                         # (B, M)
-    process: VPProcess = VPProcess(),  # of the noise
+    process: Process = VPProcess(),    # of the noise
 ) -> Tensor:                           # (B, M, C)
     "$\\log p(z_t^m \\mid c)$ for each latent and class."
     return torch.stack([lp.logsumexp(2) for lp in mode_log_probs(toy, z_t, t, process)], 1)
@@ -83,7 +83,7 @@ def log_prob(
     toy: Mixture,                      # whose law it is
     z_t: Tensor,                       # (B, D)
     t: Tensor,                         # (B, M)
-    process: VPProcess = VPProcess(),  # of the noise
+    process: Process = VPProcess(),    # of the noise
 ) -> Tensor:                           # (B,)
     "$\\log p(z_t)$ at a multi-time state; at t = 0 the density of the data."
     return class_log_probs(toy, z_t, t, process).sum(1).logsumexp(1) - math.log(toy.n_classes)
@@ -109,7 +109,7 @@ def posterior_mean(
     toy: Mixture,                      # whose law it is
     z_t: Tensor,                       # (B, D)
     t: Tensor,                         # (B, M)
-    process: VPProcess = VPProcess(),  # of the noise
+    process: Process = VPProcess(),    # of the noise
 ) -> Tensor:                           # (B, D)
     "$\\mathbb E[z \\mid z_t]$ at a multi-time state; a modality at t = 0 comes back as it is."
     modes = mode_log_probs(toy, z_t, t, process)
@@ -127,7 +127,7 @@ class ExactEps(nn.Module):
     def __init__(
         self,
         toy: Mixture,                      # whose noise it predicts
-        process: VPProcess = VPProcess(),  # that made it
+        process: Process = VPProcess(),    # that made it
     ):
         super().__init__()
         self.toy, self.process = toy, process

@@ -1,9 +1,11 @@
 "Judges, protocols and rows, on runs as small as they can be; and coherence beside another implementation of it."
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from mld.experiment import BaselineRun, Run, make_run, reopen
-from mld.measure import Judge, rows_of
+from mld.experiment import BaselineRun, ExactRun, Run, make_run, reopen
+from mld.measure import Judge, clip_look, measure_bounds, rows_of
 from mld.metrics.coherence import coherence_by_class, joint_coherence, read
 from mld.stages import ROW
 
@@ -44,6 +46,36 @@ def test_the_protocols_differ_in_what_is_conditioned_on_and_compared_with(tiny, 
     assert len(ours.reference["view0"]) == tiny["n_test"] and torch.equal(paper.reference["view0"], paper.conditions()["view0"])
     with pytest.raises(ValueError, match="known: held_out, paper"):
         Run("polydigits", out=tmp_path, overrides={**tiny, "protocol": "papper"})
+
+
+def test_validation_data_is_compared_with_test_data(tmp_path):
+    "What real data reaches is no distance of a split to itself."
+    run = ExactRun("toy", out=tmp_path, overrides={"protocol": "validation", "n_joint": 30, "n_given": 20}, device="cpu", progress=False)
+    seen = []
+    measure_bounds(run, lambda batch, given=False: seen.append(batch) or [])
+    assert torch.equal(seen[0]["z0"], run.conditions()["z0"]) and torch.equal(seen[1]["z0"], run.data.test.batch["z0"][:30])
+
+
+@pytest.mark.parametrize("protocol, split", [("held_out", "n_test"), ("validation", "n_val")])
+def test_other_held_out_tuples_are_other_samples(tmp_path, protocol, split):
+    "of a baseline, too, whose training knows nothing of them."
+    for model in ("mld", "mopoe"):
+        kind = BaselineRun if model == "mopoe" else Run
+        one, other = (kind("polydigits", out=tmp_path, overrides={"model": model, "n_train": 64, "n_val": 20, "n_test": 20, split: n, "protocol": protocol}, device="cpu")
+                      for n in (30, 31))
+        assert one.request_key(("view0",)) != other.request_key(("view0",)) and one.request_key(()) == other.request_key(())
+
+
+def test_clip_sees_bytes_as_it_sees_floats(monkeypatch, tmp_path):
+    run = Run("cub", source="embedded", out=tmp_path, overrides={"n_train": 64, "n_val": 10, "n_test": 10}, device="cpu")
+    seen = []
+    clip = SimpleNamespace(model=torch.nn.Identity(), encode_image=lambda x: seen.append(x), encode_text=len)
+    monkeypatch.setattr("mld.measure.load_clip", lambda: clip)
+    stored = run.data.test.batch["image"][range(4)]
+    assert stored.dtype == torch.uint8
+    look = clip_look(run)["image"]
+    look(stored), look(run.data.test.rows(range(4), ["image"])["image"])
+    assert torch.equal(*seen) and 0 < seen[0].mean() < 1
 
 
 def test_more_metrics_of_a_finished_run_leave_its_rows_alone(tiny, tmp_path):

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..autoencoders import Autoencoder
 from ..denoiser import in_halves
 from ..modality import Column, Modality, to_unit
-from ..sde import VPProcess
+from ..sde import Process, VPProcess
 from ..vision import torchvision
 
 # %% ../../nbs/22_reconstruction.ipynb #72ee34fe
@@ -85,7 +85,7 @@ def decode_noised(
     std: Tensor,                 # (latent,)
     t: float,                    # in [0, 1]
     seed: int = 0,                   # of the noise
-    process: VPProcess = VPProcess(),  # how it grows with t
+    process: Process = VPProcess(),    # how it grows with t
     chunk: int = 500,                # samples at a time
 ) -> Tensor:                     # (N, *shape)
     "Reconstructions from standardised latents that were noised to time t."
