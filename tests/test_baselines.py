@@ -248,7 +248,7 @@ def test_without_multivae_it_says_what_to_install(data, monkeypatch):
         if name.split(".")[0] == "multivae": raise ModuleNotFoundError("No module named 'multivae'", name="multivae")
         return find(name, *args, **kwargs)
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "mld\[baselines\]"'): Baseline(data.modalities, "mvae")
+    with pytest.raises(ModuleNotFoundError, match=r'pip install -e ".\[baselines\]"'): Baseline(data.modalities, "mvae")
 
 
 def test_importing_the_kit_does_not_import_multivae():

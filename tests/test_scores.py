@@ -278,7 +278,7 @@ def fake_transformers(monkeypatch, read):
 
 def test_clip_that_cannot_be_had_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ValueError, match=r'pip install "mld\[clip\]"'): text.load_clip()
+    with pytest.raises(ValueError, match=r'pip install -e ".\[clip\]"'): text.load_clip()
 
     def absent(name, local_files_only): raise OSError("not in the cache")
     fake_transformers(monkeypatch, absent)
