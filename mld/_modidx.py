@@ -630,6 +630,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mld.modality.bernoulli': ('modality.html#bernoulli', 'mld/modality.py'),
                               'mld.modality.categorical': ('modality.html#categorical', 'mld/modality.py'),
                               'mld.modality.check_batch': ('modality.html#check_batch', 'mld/modality.py'),
+                              'mld.modality.check_training': ('modality.html#check_training', 'mld/modality.py'),
                               'mld.modality.gaussian': ('modality.html#gaussian', 'mld/modality.py'),
                               'mld.modality.join': ('modality.html#join', 'mld/modality.py'),
                               'mld.modality.laplace': ('modality.html#laplace', 'mld/modality.py'),

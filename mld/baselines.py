@@ -17,7 +17,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from .denoiser import in_halves
-from .modality import Column, Modality, check_batch, lookup, to_unit
+from .modality import Column, Modality, check_batch, check_training, lookup, to_unit
 from .model import load_model, save_model
 from .training import Diverged, Training, train
 from .vision import torchvision
@@ -250,7 +250,7 @@ def fit(
     progress: bool = True,
 ) -> list[dict]:                          # losses
     "Train everything at once."
-    check_batch({name: to_unit(x[:16]) for name, x in data.items()}, self.modalities, complete=True)
+    check_training(data, self.modalities)
     self.step.zero_()
     for m in self.mixtures.values(): m.weights.zero_()
     return train(self, self.loss, data, how, seed=seed, folder=folder, config=self.config, label=self.name, progress=progress)

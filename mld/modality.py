@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LIKELIHOODS', 'ARCHITECTURES', 'KINDS', 'gaussian', 'laplace', 'bernoulli', 'categorical', 'lookup',
            'register_architecture', 'show_image', 'show_curve', 'Modality', 'check_batch', 'size_of', 'to_unit',
-           'Column', 'subsets', 'join', 'split', 'owners']
+           'check_training', 'Column', 'subsets', 'join', 'split', 'owners']
 
 # %% ../nbs/00_modality.ipynb #9e85e401
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -178,6 +178,14 @@ def to_unit(
 ) -> Tensor:    # float tensor; bytes are scaled to [0, 1]
     "Bytes as floats in [0, 1]; floats as they are."
     return x if not isinstance(x, Tensor) or x.is_floating_point() else x.float() / 255
+
+def check_training(
+    data: Mapping[str, Tensor],       # name -> (N, *shape), bytes or floats
+    modalities: Sequence[Modality],   # what the model knows
+) -> int:                             # N
+    "The size of a complete training set, of which only the first tuples are looked at; `ValueError` as of `check_batch`."
+    check_batch({name: to_unit(x[:16]) for name, x in data.items()}, modalities, complete=True)
+    return size_of(data)
 
 # %% ../nbs/00_modality.ipynb #96072590
 class Column:

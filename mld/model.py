@@ -19,7 +19,7 @@ from tqdm import trange
 from .autoencoders import Autoencoder, fit_autoencoder
 from .denoiser import BALANCES, DRAWS, Denoiser, draw_task, hide_missing, in_halves
 from .guidance import Without
-from .modality import ARCHITECTURES, Column, Modality, check_batch, join, lookup, size_of, split, to_unit
+from .modality import ARCHITECTURES, Column, Modality, check_batch, check_training, join, lookup, split, to_unit
 from .nets import NETS, compiled, compiling_pays
 from .samplers import SAMPLERS, about_calls, options_of
 from .sde import PROCESSES, TIMES
@@ -104,8 +104,7 @@ def fit_autoencoders(
     progress: bool = True,
 ) -> dict[str, list[dict]]:             # losses by modality
     "Train every autoencoder on its own, then measure the latents of the whole training set."
-    check_batch({k: to_unit(x[:16]) for k, x in data.items()}, self.modalities, complete=True)
-    size_of(data)
+    check_training(data, self.modalities)
     how = {m.name: how if isinstance(how, Training) else lookup("modality", m.name, how) for m in self.modalities}
     jobs = [partial(fit_autoencoder, m, data[m.name], how[m.name], noise=noise, seed=seed, folder=folder and Path(folder) / m.name,
                     progress=progress) for m in self.modalities]

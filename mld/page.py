@@ -131,7 +131,7 @@ def front_table(root: str | Path = COMMITTED) -> pd.DataFrame:  # text
     for data, titles in FRONT.items():
         behind = [rows_behind(line, root) for line in titles.values()]
         alike = set.intersection(*(set(rows.given) for rows in behind))
-        for k, (title, line, rows) in enumerate(zip(titles, titles.values(), behind)):
+        for k, ((title, line), rows) in enumerate(zip(titles.items(), behind)):
             found, calls = brief(rows[rows.given.isin(alike)], columns, ["sampler"]), int(rows.nfe[rows.sampler == line.joint].max())
             numbers = {c.replace("fmd", "FMD"): found.loc[line.joint if "joint" in c else line.given, c] for c in columns}
             lines.append({"": "" if k else data, "model": title, "network calls": calls if calls > 1 else "", **numbers})

@@ -60,8 +60,7 @@ def test_validation_data_is_compared_with_test_data(tmp_path):
 def test_other_held_out_tuples_are_other_samples(tmp_path, protocol, split):
     "of a baseline, too, whose training knows nothing of them."
     for model in ("mld", "mopoe"):
-        kind = BaselineRun if model == "mopoe" else Run
-        one, other = (kind("polydigits", out=tmp_path, overrides={"model": model, "n_train": 64, "n_val": 20, "n_test": 20, split: n, "protocol": protocol}, device="cpu")
+        one, other = (make_run("polydigits", out=tmp_path, overrides={"model": model, "n_train": 64, "n_val": 20, "n_test": 20, split: n, "protocol": protocol}, device="cpu")
                       for n in (30, 31))
         assert one.request_key(("view0",)) != other.request_key(("view0",)) and one.request_key(()) == other.request_key(())
 
