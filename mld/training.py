@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'atomic', 'checksum', 'save_weights', 'CorruptFile', 'load_weights', 'save_checkpoint',
            'load_checkpoint', 'has_bf16', 'precision_on', 'autocast', 'Training', 'batches', 'stop_signals', 'Diverged',
-           'own_stream', 'as_graph', 'in_one_piece', 'Trainer', 'train', 'start_worker', 'run_job', 'side_by_side']
+           'own_stream', 'as_graph', 'Trainer', 'train', 'start_worker', 'run_job', 'side_by_side']
 
 # %% ../nbs/06_training.ipynb #57e6b917
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from itertools import count
 from multiprocessing import get_context
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
-import hashlib, io, json, math, os, signal, threading, time, warnings
+import copy, hashlib, io, json, math, os, signal, threading, time, warnings
 import torch
 from safetensors.torch import load, save_file
 from safetensors import safe_open
@@ -216,21 +216,6 @@ def as_graph(
         return out
     return replay
 
-# %% ../nbs/06_training.ipynb #1aa35efc
-def in_one_piece(
-    model: nn.Module,  # whose trainable parameters become parts of what is returned, as their gradients become parts of its gradient
-) -> nn.Parameter:     # (at least their number,): each begins at a multiple of 64 bytes
-    "All weights of a model in one piece of memory. `ValueError` if they are of several types or on several devices."
-    params = [p for p in model.parameters() if p.requires_grad]
-    if len(kinds := {(p.dtype, p.device) for p in params}) != 1: raise ValueError(f"expected weights of one type on one device, got {kinds or 'none'}")
-    sizes = [-(-p.numel() // 16) * 16 for p in params]
-    whole = nn.Parameter(params[0].new_zeros(sum(sizes)))
-    whole.grad = torch.zeros_like(whole)
-    for p, part, grad in zip(params, whole.data.split(sizes), whole.grad.split(sizes)):
-        p.data = part[:p.numel()].view_as(p).copy_(p.data)
-        p.grad = grad[:p.numel()].view_as(p)
-    return whole
-
 # %% ../nbs/06_training.ipynb #9732777a
 class Trainer:
     "Minimise a loss over data in memory; see `train`."
@@ -252,22 +237,21 @@ class Trainer:
         self.model, self.loss, self.data, self.how, self.seed, self.folder = model, loss, data, how, seed, folder
         self.device = next(model.parameters()).device
         self.n = len(next(iter(data.values())))
-        self.config = {**asdict(how), "precision": precision_on(self.device, how.precision), "seed": seed, "n": self.n, "device": self.device.type, "format": 2, **(config or {})}
+        self.config = {**asdict(how), "precision": precision_on(self.device, how.precision), "seed": seed, "n": self.n, "device": self.device.type, **(config or {})}
         self.gpu, self.home = self.device.type == "cuda", next(iter(data.values())).device
         self.capture = as_graph if graph and self.graphs and self.gpu and self.home == self.device else None
         self.replay, self.tried = None, 0
         self.rate = torch.tensor(how.lr, device=self.device) if self.capture else how.lr  # a graph reads it from one place
-        self.weights = in_one_piece(model)
-        self.opt = torch.optim.Adam([self.weights], self.rate, fused=True, capturable=self.capture is not None)
+        self.opt = torch.optim.Adam(model.parameters(), self.rate, fused=True, capturable=self.capture is not None)
         self.opt._warned_capturable_if_run_uncaptured = True  # it would warn of the first steps, which run without a graph
-        self.average = self.weights.detach().clone() if how.ema else None
+        self.ema = copy.deepcopy(model).requires_grad_(False) if how.ema else None
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.step, self.seconds, self.history, self.level = 0, 0., [], None
         self.recent, self.window = [], []  # losses that were not looked at yet, and those since the last note
 
     def state(self) -> dict:
         "Everything that the next step depends on."
-        return {"model": self.model.state_dict(), "average": self.average, "opt": self.opt.state_dict(),
+        return {"model": self.model.state_dict(), "ema": self.ema and self.ema.state_dict(), "opt": self.opt.state_dict(),
                 "step": self.step, "seconds": self.seconds, "history": self.history, "level": self.level, "window": self.window,
                 "rng": [self.generator.get_state(), torch.get_rng_state(), *([torch.cuda.get_rng_state(self.device)] if self.gpu else [])],
                 "config": json.dumps(self.config, sort_keys=True)}
@@ -279,7 +263,7 @@ class Trainer:
         "Go on from there."
         self.model.load_state_dict(state["model"]), self.opt.load_state_dict(state["opt"])
         for group in self.opt.param_groups: group |= {"lr": self.rate, "capturable": self.capture is not None}
-        if self.how.ema: self.average.copy_(state["average"])
+        if self.ema: self.ema.load_state_dict(state["ema"])
         self.generator.set_state(state["rng"][0].cpu()), torch.set_rng_state(state["rng"][1].cpu())
         if self.gpu: torch.cuda.set_rng_state(state["rng"][2].cpu(), self.device)
         for name in ("step", "seconds", "history", "level", "window"): setattr(self, name, state[name])
@@ -288,12 +272,18 @@ class Trainer:
         "Loss, gradient, optimiser, average, of the samples at `index`."
         batch = {k: x[self.index].to(self.device) for k, x in self.data.items()}
         with autocast(self.how.precision, self.device): parts = self.loss(batch, self.generator)
-        self.opt.zero_grad(set_to_none=False)
+        self.opt.zero_grad()
         sum(parts.values()).backward()
-        if self.how.clip: nn.utils.clip_grad_norm_(self.weights, self.how.clip)
+        if self.how.clip: nn.utils.clip_grad_norm_(self.model.parameters(), self.how.clip)
         self.opt.step()
-        if self.how.ema: self.average.lerp_(self.weights.detach(), 1. - self.how.ema if self.step else 1.)  # the first step makes them equal
+        if self.ema: self.average()
         return {k: v.detach() for k, v in parts.items()}
+
+    def average(self) -> None:
+        "Bring the averaged weights nearer to the weights; the first step makes them equal."
+        far = 1. - self.how.ema if self.step else 1.
+        torch._foreach_lerp_([*self.ema.parameters()], [p.detach() for p in self.model.parameters()], far)
+        for mine, its in zip(self.ema.buffers(), self.model.buffers()): mine.copy_(its)
 
     def one_step(
         self,
@@ -373,8 +363,8 @@ class Trainer:
                 bar.update()
                 if due: self.save(); saved = time.monotonic()
                 if stop: raise KeyboardInterrupt(f"{stop[0]} at step {self.step}; {kept}")
-        if self.how.ema: self.weights.data.copy_(self.average)
-        for p in self.model.parameters(): p.data, p.grad = p.data.clone(), None  # each by itself again
+        if self.ema: self.model.load_state_dict(self.ema.state_dict())
+        self.opt.zero_grad()  # gradients of a graph would keep its memory
         return self.history
 
 def train(
