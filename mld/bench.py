@@ -12,7 +12,7 @@ __all__ = ['SAMPLINGS', 'WAYS', 'GROW', 'clock', 'take_turns', 'Machine', 'preci
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
-import resource, time
+import resource, sys, time
 import pandas as pd
 import torch
 from torch import Tensor
@@ -96,7 +96,7 @@ def floor_ms(
     batch: int,
     precision: str,
 ) -> float:
-    "Milliseconds that a training step takes at least."
+    "Milliseconds that a training step hardly gets below, if its weights do not fit into the cache."
     operations, moved = step_work(params, batch)
     return 1000 * (operations / machine.rate[precision] + moved / machine.bandwidth)
 
@@ -226,7 +226,7 @@ def peak_mb(
     device: torch.device,
 ) -> float:
     "The most memory that was in use since the process began, in MB: the GPU's, or else the whole process's."
-    return torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    return torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)  # in bytes there, else in kB
 
 def new_model(run: Setup) -> MLD:
     "An untrained model at the settings of a run."

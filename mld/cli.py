@@ -270,7 +270,7 @@ def reproduce(
 @app.command()
 def job(
     name: Annotated[str, typer.Argument(help="Of a job of the plan.")],
-    of: Annotated[Path, typer.Option("--plan", help="What `mld reproduce ... --dry-run --json` printed.")],
+    of: Annotated[Path, typer.Option("--plan", exists=True, dir_okay=False, help="What `mld reproduce ... --dry-run --json` printed.")],
     device: Device = "auto",
 ) -> None:
     "Do one job of a plan, and nothing if it is done; what it needs has to be done before."
@@ -278,7 +278,7 @@ def job(
     from mld.modality import lookup
     from mld.plan import from_json, make
     try: its = lookup("job of this plan", name, from_json(of.read_text()))
-    except (ValueError, FileNotFoundError) as e: fail(e)
+    except ValueError as e: fail(e)
     try:
         with terminate_as_interrupt(): make(its, places(device, 1)[0])
     except KeyboardInterrupt:

@@ -367,11 +367,11 @@ class Run(Encoded):
         return run
 
     def around(self, options: Mapping, seed: int) -> Callable:
-        "What wraps the denoiser: how what is given enters, and guidance, if a sampler's options ask for it."
+        "What wraps the denoiser: guidance, if a sampler's options ask for it, and how what is given enters, for the weaker network, too."
         interval = tuple(options.get("interval", (0., 1.)))
         def wrap(denoiser):
-            denoiser = CONDITIONS[self.settings.condition](denoiser, torch.Generator(self.device).manual_seed(2**32 + seed))  # not the noise of the walk
             if options.get("autoguidance"): denoiser = AutoGuidance(denoiser, self.weaker.model.denoiser, options["autoguidance"], interval)
+            denoiser = CONDITIONS[self.settings.condition](denoiser, torch.Generator(self.device).manual_seed(2**32 + seed))  # not the noise of the walk
             return Guidance(denoiser, options["guidance"], interval) if options.get("guidance") else denoiser
         return wrap
 
@@ -386,6 +386,7 @@ class Run(Encoded):
             return {"z": z}, {"nfe": denoiser.calls - calls, "seconds": time.monotonic() - started}
         settings = {"score": self.score.key, "options": options, **self.request_key(given), **self.pick("condition")}
         if options.get("autoguidance") and self.settings.weaker_steps: settings |= self.pick("weaker_steps")
+        if options.get("autoguidance") and self.settings.condition != "hold": settings["weaker_condition"] = self.settings.condition
         return run_stage(self.stages, "samples", settings, make)
 
     def generated(

@@ -315,10 +315,12 @@ def sample(
         if lookup("modality", name, self.names) in given: raise ValueError(f"modality {name!r} is both given and absent")
     z = self.encode(given).repeat_interleave(n, 0) if given else torch.zeros(n, len(self.mean), device=self.device)
     known, missing = (torch.tensor([m in names for m in self.names], device=self.device) for names in (given, absent))
-    denoiser = Without(self.denoiser, missing) if absent else self.denoiser
+    denoiser = around(self.denoiser) if around else self.denoiser
+    if absent: denoiser = Without(denoiser, missing)  # outermost: a weaker network that autoguidance asks misses them, too
     generator = torch.Generator(self.device).manual_seed(seed)
     with torch.no_grad(), self.denoiser.running(self.network(len(z), about_calls(walk, options), precision, compile)):
-        return walk(around(denoiser) if around else denoiser, z, known, generator=generator, **options)
+        z = walk(denoiser, z, known, generator=generator, **options)
+    return torch.where(missing[self.denoiser.owner], 0., z)
 
 @patch
 def generate(

@@ -79,14 +79,14 @@ def save_checkpoint(
     folder: str | Path,  # of the checkpoints of one training
     state: dict,         # nested dicts, lists and tensors
     step: int,           # after which it was taken
-    keep: int = 2,       # how many to leave behind
+    keep: int = 2,       # how many to leave behind, this one among them
 ) -> Path:
-    "Write `step-hash.pt` atomically and remove all but the newest `keep`."
+    "Write `step-hash.pt` atomically and remove all before it but the last `keep`; later ones are of another training, and stay."
     buffer = io.BytesIO()
     torch.save(state, buffer)
     path = Path(folder) / f"{step:09d}-{hashlib.sha256(buffer.getbuffer()).hexdigest()[:16]}.pt"
     with atomic(path) as part: part.write_bytes(buffer.getbuffer())
-    for old in sorted(Path(folder).glob("*.pt"))[:-keep]: old.unlink()
+    for old in [p for p in sorted(Path(folder).glob("*.pt")) if p.name[:9] <= path.name[:9]][:-keep]: old.unlink()
     return path
 
 def load_checkpoint(

@@ -135,3 +135,13 @@ def test_coherence_is_that_of_multivae(tmp_path):
     assert mean > .15, "nothing was learnt that could be compared"
     for name in ("view1", "view2"):  # MultiVae takes the mean over classes
         assert by_class[name].mean() == pytest.approx(each[f"view0_to_{name}"].item(), abs=.04)
+
+
+def test_the_weaker_network_of_a_joint_one_sees_what_is_given_as_noisy_as_the_rest(tmp_path):
+    small = dict(n_train=300, n_val=60, n_test=60, width=32, groups=4, time_width=16, steps=10, warmup=2, batch_size=64, n_joint=20, n_given=20, weaker_steps=5)
+    run = make_run("toy", out=tmp_path, device="cpu", progress=False, vary={"draw": "inpaint", "condition": "renoise"},
+                   overrides=small | {"samplers": {"auto": {"sampler": "dpm", "steps": 4, "autoguidance": .5}}})
+    seen, weaker = [], run.weaker.model.denoiser
+    weaker.run = lambda z_t, t: (seen.append(t), torch.zeros_like(z_t))[1]
+    run.samples("auto", ("z0",))
+    assert len(seen) == 4 and all((t == t[:, :1]).all() and (t > 0).all() for t in seen)

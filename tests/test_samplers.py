@@ -24,7 +24,7 @@ AROUND = {"nothing": lambda d: d, "guidance": partial(Guidance, weight=.7), "gui
           "without": lambda d: Without(d, torch.tensor([False, False, True])),
           "renoised": lambda d: Renoised(d, torch.Generator().manual_seed(9)),
           "guidance around without": lambda d: Guidance(Without(d, torch.tensor([False, False, True])), .5, (.1, .8)),
-          "without around autoguidance": lambda d: Without(AutoGuidance(d, d, .5), torch.tensor([False, True, False]))}
+          "without around autoguidance": lambda d: Without(AutoGuidance(d, denoiser_of(Mixture(**SMALL, std=.6)), .5), torch.tensor([False, True, False]))}
 SMALL = dict(sizes=(2, 4, 3), n_classes=4, n_modes=2, spread=(1.3, 1., 1.))
 D = sum(SMALL["sizes"])
 
@@ -320,3 +320,13 @@ def test_each_link_of_a_chain_knows_only_the_one_before(model):
     assert len({seed for *_, seed, _ in asked}) == 3 and all(options == {"alone": True} for *_, options in asked)
     assert torch.equal(asked[1][0]["b"], torch.ones(2, 3)) and [x.max() for x in links] == [1, 1, 1]  # within the limits of what can be given
     assert len(chain(model, {"a": torch.rand(4, 3)}, ["b", "a"], sampler="dpm", steps=3)) == 2
+
+
+@pytest.mark.parametrize("sampler", list(FEW))
+def test_a_weaker_network_misses_what_is_absent_too(model, sampler):
+    seen = []
+
+    def net(z_t, t): seen.append(t); return torch.zeros_like(z_t)
+    weaker = Denoiser(net, model.denoiser.sizes)
+    z = model.sample(2, {"a": torch.rand(4, 3)}, absent=["c"], around=lambda d: AutoGuidance(d, weaker, .5), sampler=sampler, **FEW[sampler])
+    assert seen and all((t[:, 0] == 0).all() and (t[:, 2] == 1).all() for t in seen) and (z[:, 4:] == 0).all()

@@ -215,7 +215,7 @@ def check_files(
 ) -> None:
     "Raw files and prepared arrays against their checksums. `CorruptFile` names the one that has changed."
     folder = recipe.folder(data)
-    if not folder.exists(): raise FileNotFoundError(f"{folder} is not there; mld data prepare {recipe.name} --source {recipe.source}")
+    if not folder.exists(): raise FileNotFoundError(f"{folder} is not there; mld data prepare {recipe.name} --source {recipe.source}" + f" --data {data}" * (data is not None))
     for file in recipe.files: verify(file, data_folder(data))
     for name, wanted in json.loads((folder / "facts.json").read_text())["sha256"].items():
         if sha256_of(folder / name) != wanted: raise CorruptFile(f"{folder / name} has changed; delete {folder} and prepare it again")
