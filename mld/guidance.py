@@ -116,7 +116,7 @@ class AutoGuidance(Around):
 
     def answer(self, what: str, z_t: Tensor, t: Tensor) -> Tensor:
         here, rows = super().answer(what, z_t, t), inside(t, self.interval)
-        if not rows.any(): return here
+        if not self.weight or not rows.any(): return here
         return torch.where(rows, here + self.weight * (here - getattr(self.weaker, what)(z_t, t)), here)
 
 # %% ../nbs/09_guidance.ipynb #c8b82e89

@@ -168,7 +168,9 @@ def training_states(
 ) -> Callable:  # (present (B, M), generator) -> state t (B, M), noise eps (B, D)
     "What a step of training draws for a batch; arguments as in `fit`."
     make_t, law = lookup("draw", draw, DRAWS), lookup("law of t", times, TIMES)
+    if not 0 <= p_joint <= 1: raise ValueError(f"p_joint is a probability, got {p_joint}")
     if task is not None:
+        if {*task} == {*self.names}: raise ValueError("a task that gives every modality leaves nothing to learn")
         always = torch.tensor([m in [lookup("modality", name, self.names) for name in task] for m in self.names], device=self.device)
         make_t = lambda n, n_modalities, law, p_joint, generator: draw_task(n, always, law, generator)
     def states(present, generator):

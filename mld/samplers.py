@@ -125,6 +125,7 @@ def jump_schedule(
     passes: int = 10,     # times that each stretch is walked down
 ) -> list[int]:           # grid indices, from `steps` to 0
     "The walk of RePaint: down the grid, with jumps of `length` up at 1, 1 + length, ..."
+    if min(length, passes) < 1: raise ValueError(f"length and passes must be at least 1, got {length} and {passes}")
     left = {i: passes - 1 for i in range(1, steps - length, length)}
     i, walk = steps, [steps]
     while i > 0:
@@ -289,6 +290,7 @@ def langevin(
     generator: torch.Generator,
 ) -> Tensor:               # (B, D)
     "DDIM, corrected by Langevin dynamics; `steps + (steps - 1) * corrections` network calls."
+    if min(corrections, share) < 0: raise ValueError(f"corrections and share must be at least 0, got {corrections} and {share}")
     z_t, given, keep = begin(denoiser, z, given, generator)
     for t, t_next in pairwise(grid_times(denoiser, grid, steps)):
         z_t = torch.where(keep, z, along(denoiser.process, z_t, denoiser.eps(z_t, state(t, given)), t, t_next))
@@ -310,7 +312,7 @@ def options_of(
 def about_calls(
     walk: Callable,    # a sampler
     options: Mapping,  # that it will be called with
-) -> int:              # to within a factor of two
+) -> int:              # at most, and hardly more
     "About how many network calls a walk takes."
     asked = {name: p.default for name, p in signature(walk).parameters.items()} | dict(options)
     return asked.get("steps", 1) * asked.get("passes", 1) * (1 + asked.get("corrections", 0))

@@ -11,14 +11,19 @@ STUDIES = {
     "p_joint_and_time": [ONE, "p_joints=[0.2, 0.8]", "processes=['vp_0.5', 'vp']", "modalities=[2, 3]"],
     "one_or_many": [ONE, "budgets=[0.5, 1.0]", "tasks=[[], ['z0']]"],
     "recipe": [ONE, "variants={'paper': {'draw': 'batch', 'predict': 'eps', 'times': 'uniform'}, 'ours': {}}"],
-    "guidance": ["weights=[0.0, 1.0]", "intervals=[[0.1, 0.6]]", "auto=[0.5]", "steps=4", "datasets=['toy']"],
-    "samplers": ["samplers={'dpm 3': {'sampler': 'dpm', 'steps': 3}, 'repaint 6': {'sampler': 'repaint', 'steps': 4, 'length': 2, 'passes': 2}}", "datasets=['toy']"]}
+    "guidance": ["weights=[0.0, 1.0]", "intervals=[[0.1, 0.6]]", "auto=[0.5]", "sampler_steps=4", "datasets=['toy']"],
+    "samplers": ["samplers={'dpm 3': {'sampler': 'dpm', 'steps': 3}, 'repaint 6': {'sampler': 'repaint', 'steps': 4, 'length': 2, 'passes': 2}}", "datasets=['toy']"],
+    "speed": ["datasets=['toy']", "rounds=1", "compile=False"],
+    "baselines": ["models=['mopoe']", "baseline={'latent': 8, 'steps': 3}", "clf_steps=5", "ae_steps=3"]}
+
+
+def test_every_study_is_tested(root):
+    assert set(STUDIES) == {p.stem for p in (root / "nbs" / "studies").glob("*.ipynb")}
 
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_study_runs_from_end_to_end(name, tmp_path):
-    small = [s for s in SMALL if not (s.startswith("steps") and name == "guidance")]
-    its, folder = parameters_of(name, {"preset": "smoke", "out": str(tmp_path), "device": "cpu"}, [*small, *STUDIES[name]])
+    its, folder = parameters_of(name, {"preset": "smoke", "out": str(tmp_path), "device": "cpu"}, [*SMALL, *STUDIES[name]])
     execute(table_notebook(name), folder / "notebook.ipynb", its)
     rows = read_row_file(folder / "rows.csv")
     assert len(rows) and rows.value.notna().all() and set(rows.table) == {name}
