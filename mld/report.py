@@ -69,7 +69,8 @@ def spread(
 ) -> str:
     "Mean ± standard deviation over seeds."
     show = lambda v: f"{v:.{digits}g}" if digits else f"{v:.1f}"
-    return "" if values.isna().all() else show(values.mean()) + (f" ± {show(values.std())}" if len(values) > 1 else "")
+    values = values.dropna()  # a case may be on a line of its own, for its network calls
+    return "" if values.empty else show(values.mean()) + (f" ± {show(values.std())}" if len(values) > 1 else "")
 
 def result_table(
     rows: pd.DataFrame,  # of one table
