@@ -65,12 +65,12 @@ class Guidance(Around):
     def __init__(
         self,
         denoiser: Denoiser,
-        weight: float | Sequence[float],           # of all that is given at once; or of each modality, where it is given
+        weight: float | Sequence[float] | Tensor,  # of all that is given at once; or of each modality, where it is given
         interval: tuple[float, float] = (0., 1.),  # times between which it acts
         seed: int = 0,                             # of the noise in place of what is given
     ):
         super().__init__(denoiser)
-        n = len(denoiser.sizes)
+        n, weight = len(denoiser.sizes), weight.tolist() if isinstance(weight, Tensor) else weight
         if not isinstance(weight, Sequence): self.terms = [(weight, torch.ones(n, dtype=torch.bool))] if weight else []
         elif len(weight) == n: self.terms = [(w, mine) for w, mine in zip(weight, torch.eye(n, dtype=torch.bool)) if w != 0]
         else: raise ValueError(f"expected one weight, or one for each of {n} modalities, got {len(weight)}")

@@ -159,6 +159,7 @@ class TokenTransformer(nn.Module):
     ):
         super().__init__()
         if width % heads: raise ValueError(f"expected a width that {heads} heads divide, got {width}")
+        if time_width % 2: raise ValueError(f"expected an even time_width, got {time_width}")
         chunk = chunk or max(sizes)
         slots, owner = token_slots(sizes, chunk)
         self.register_buffer("slots", slots, persistent=False), self.register_buffer("owner", owner, persistent=False)
