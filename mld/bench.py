@@ -226,7 +226,9 @@ def peak_mb(
     device: torch.device,
 ) -> float:
     "The most memory that was in use since the process began, in MB: the GPU's, or else the whole process's."
-    return torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)  # in bytes there, else in kB
+    if device.type == "cuda": return torch.cuda.max_memory_allocated(device) / 1e6
+    in_bytes = sys.platform == "darwin"  # elsewhere in kB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if in_bytes else 1e3)
 
 def new_model(run: Setup) -> MLD:
     "An untrained model at the settings of a run."

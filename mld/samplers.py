@@ -312,7 +312,7 @@ def options_of(
 def about_calls(
     walk: Callable,    # a sampler
     options: Mapping,  # that it will be called with
-) -> int:              # at most, and hardly more
+) -> int:              # to within a factor of two, if RePaint has room to jump
     "About how many network calls a walk takes."
     asked = {name: p.default for name, p in signature(walk).parameters.items()} | dict(options)
     return asked.get("steps", 1) * asked.get("passes", 1) * (1 + asked.get("corrections", 0))
