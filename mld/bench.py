@@ -11,19 +11,20 @@ __all__ = ['SAMPLINGS', 'WAYS', 'GROW', 'clock', 'take_turns', 'Machine', 'preci
 # %% ../nbs/47_bench.ipynb #6d89e4f1
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 import resource, sys, time
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from .data.dataset import Split
 from .denoiser import Denoiser
 from .experiment import NET_SETTINGS, Setup
 from .measure import asked, circumstances
-from .modality import Modality, to_unit
+from .modality import Column, Modality, to_unit
 from .model import MLD, Together, encode_all
-from .nets import n_params
+from .nets import GroupNorm, n_params
 from .samplers import SAMPLERS
 from .stages import read_row_file, write_rows
 from .training import PRECISIONS, Trainer, Training, batches, own_stream, precision_on
@@ -112,26 +113,26 @@ def bare_model(
 def stepper(
     model: MLD,
     how: Training,         # precision, batch size and the rest
-    compile: bool = False, # the network?
+    compile: bool = False, # the network, and the loss around it?
     mode: str = "default", # of compiling; with "reduce-overhead" the whole step is replayed as a CUDA graph
     n: int = 4096,         # latents that a batch is taken from
 ) -> Callable:
     "One step of training the score network, as `MLD.fit` makes it."
-    run, batch = model.network(how.batch_size, 0, how.precision, compile), {
+    error, batch = model.error(how.batch_size, 0, how.precision, compile), {
         "z": torch.randn(n, len(model.mean), device=model.device),
         "present": torch.ones(n, len(model.modalities), dtype=torch.bool, device=model.device)}
     trainer, index = Trainer(model.denoiser, model.score_loss(), batch, how, graph=mode != "default"), batches(n, how.batch_size, 0, device=model.device)
     def step():
-        with own_stream(model.device), model.denoiser.running(run): trainer.one_step(next(index))
+        with own_stream(model.device), model.denoiser.running(loss=error): trainer.one_step(next(index))
         trainer.recent.clear()
     return step
 
 # %% ../nbs/47_bench.ipynb #42618386
 class Tuples(Dataset):
-    "The tuples of a split, one at a time, as a `DataLoader` asks for them."
-    def __init__(self, split: Split): self.split = split
-    def __len__(self) -> int: return len(self.split)
-    def __getitem__(self, i: int) -> dict[str, Tensor]: return {name: to_unit(x[i]) for name, x in self.split.batch.items()}
+    "Tuples one at a time, as a `DataLoader` asks for them."
+    def __init__(self, columns: Mapping[str, Tensor | Column]): self.columns = columns
+    def __len__(self) -> int: return len(next(iter(self.columns.values())))
+    def __getitem__(self, i: int) -> dict[str, Tensor]: return {name: to_unit(x[i]) for name, x in self.columns.items()}
 
 def endless(
     loader: DataLoader,
@@ -143,14 +144,19 @@ def published_stepper(
     model: MLD,       # with autoencoders
     split: Split,     # of images and whatever else there is
     how: Training,
+    encode: bool = True,  # in every step? Else latents are loaded
 ) -> Callable:
     "One step of training the score network from data, written as in the published experiments."
     net, states = model.denoiser, model.training_states(draw="batch", times="uniform")
     opt, average = torch.optim.Adam(net.parameters(), how.lr), {k: v.clone() for k, v in net.state_dict().items()}
     if len(split) < how.batch_size: raise ValueError(f"expected at least {how.batch_size} tuples, got {len(split)}")
-    data = endless(DataLoader(Tuples(split), how.batch_size, shuffle=True, drop_last=True))
+    for m in net.modules():
+        if isinstance(m, GroupNorm): m.forward = partial(nn.GroupNorm.forward, m)
+    encoded, columns = partial(encode_all, model.autoencoders), split.batch
+    if not encode: columns, encoded = {k: z.cpu() for k, z in encoded(split.first(4 * how.batch_size).batch).items()}, lambda latents: latents
+    data = endless(DataLoader(Tuples(columns), how.batch_size, shuffle=True, drop_last=True))
     def step():
-        z = model.scale(encode_all(model.autoencoders, next(data)))
+        z = model.scale(encoded(next(data)))
         t, eps = states(torch.ones(len(z), len(model.modalities), dtype=torch.bool, device=z.device), torch.default_generator)
         loss = net.loss(z, t, eps).sum()
         opt.zero_grad()
@@ -244,7 +250,8 @@ def step_rows(
     "Milliseconds of a training step in every way, and the least they could take."
     how = replace(run.training("score"), precision="fp32")
     steps = {name: stepper(new_model(run), replace(how, precision=p), *c) for name, (p, *c) in ways_on(run.device, compile).items()}
-    steps["as published"] = published_stepper(new_model(run), run.data.train, how)
+    for name, encode in {"as published": True, "as published, latents kept": False}.items():
+        steps[name] = published_stepper(new_model(run), run.data.train, how, encode)
     steps[f"fp32, {seeds} seeds"] = together_stepper([new_model(run) for _ in range(seeds)], how)
     params, ms = n_params(new_model(run).denoiser.net), take_turns(steps, rounds, run.device)
     ms[f"fp32, {seeds} seeds"] /= seeds

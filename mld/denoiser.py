@@ -173,15 +173,15 @@ class Denoiser(nn.Module):
         self.net, self.sizes, self.process = net, tuple(sizes), process
         self.prediction = lookup("prediction", predict, PREDICTIONS)
         self.register_buffer("owner", owners(sizes), persistent=False)
-        self.calls = 0   # network calls so far
-        self.run = None  # what computes in the network's place
+        self.calls = 0  # network calls so far, but for those of the loss
+        self.run, self.run_loss = None, None  # what computes in place of the network and of the error
 
     @contextmanager
-    def running(self, run: Callable) -> Iterator[None]:
-        "Meanwhile `run` computes in place of the network: itself compiled, or in another precision."
-        before, self.run = self.run, run
+    def running(self, run: Callable | None = None, loss: Callable | None = None) -> Iterator[None]:
+        "Meanwhile `run` computes in place of the network, and `loss` in place of `error`: compiled, or in another precision."
+        before, self.run, self.run_loss = (self.run, self.run_loss), run, loss
         try: yield
-        finally: self.run = before
+        finally: self.run, self.run_loss = before
 
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
         "alpha_t and sigma_t of every coordinate, (B, D), from times (B, M)."
@@ -205,7 +205,7 @@ class Denoiser(nn.Module):
         "Predicted clean latent, (B, D)."
         return self.prediction.z0(self(z_t, t), z_t, *self.scales(t))
 
-    def loss(
+    def error(
         self,
         z: Tensor,    # clean standardised latents, (B, D)
         t: Tensor,    # state, (B, M)
@@ -216,10 +216,15 @@ class Denoiser(nn.Module):
         alpha_t, sigma_t = self.scales(t)
         diffused = ((t > 0) & (t < 1))[:, self.owner]
         target = self.prediction.target(z, eps, alpha_t, sigma_t)
-        error = torch.where(diffused, self(self.noise(z, t, eps), t) - target, 0.).square()
+        out = (self.run or self.net)(self.noise(z, t, eps), t)
+        error = torch.where(diffused, out - target, 0.).square()
         share = diffused.to(z.dtype) if weight is None else diffused * weight[self.owner]
         error = share * error * z.shape[1] / share.sum(1, keepdim=True).clamp(min=1e-9)
         return torch.stack([part.sum(1).mean() for part in error.split(self.sizes, 1)])
+
+    def loss(self, z: Tensor, t: Tensor, eps: Tensor, weight: Tensor | None = None) -> Tensor:
+        "What training minimises: `error`, or what computes in its place."
+        return (self.run_loss or self.error)(z, t, eps, weight)
 
 # %% ../nbs/04_denoiser.ipynb #ab2cd80d
 BALANCES: dict[str, Callable] = {  # name -> (latent sizes (M,)) -> weight of a coordinate of each modality (M,)

@@ -142,20 +142,34 @@ def decode(
 @patch
 def network(
     self: MLD,
-    rows: int,                  # of a batch
-    calls: int,                 # batches that will go through it
+    rows: int,                  # samples at a time
+    calls: int,                 # how often
     precision: str = "fp32",    # a name in `PRECISIONS`
     compile: bool | None = None,  # first? By default where that pays
     mode: str = "default",      # of compiling, see `compiled`
 ) -> Callable:                  # (z_t, t) -> output, as the network
-    "The score network, in some precision and compiled where that pays; with gradients if they are enabled now."
-    net, grad = self.denoiser.net, torch.is_grad_enabled()
+    "The score network for sampling, in some precision and compiled where that pays."
+    net = self.denoiser.net
     if compiling_pays(net, rows * calls, compile):
         example = [torch.zeros(rows, k, device=self.device) for k in (len(self.mean), len(self.modalities))]
-        with autocast(precision, self.device): net = compiled(net, *example, dynamic=not grad and mode == "default", mode=mode)
+        with autocast(precision, self.device), torch.no_grad(): net = compiled(net.forward, *example, dynamic=mode == "default", mode=mode)
     def run(z_t, t):
         with autocast(precision, self.device): return net(z_t, t).to(z_t.dtype)
     return run
+
+@patch
+def error(
+    self: MLD,
+    rows: int,                    # of a batch
+    steps: int,                   # of training
+    precision: str = "fp32",      # that the trainer computes in, a name in `PRECISIONS`
+    compile: bool | None = None,  # first? By default where that pays
+) -> Callable:                    # as `Denoiser.error`
+    "The error of the score network for training, compiled with all around it where that pays."
+    error = self.denoiser.error
+    if not compiling_pays(self.denoiser.net, rows * steps, compile): return error
+    z, t, eps = (torch.zeros(rows, k, device=self.device) for k in (len(self.mean), len(self.modalities), len(self.mean)))
+    with autocast(precision, self.device): return compiled(error, z, t, eps, self.weights())
 
 # %% ../nbs/08_model.ipynb #75b4646d
 @patch
@@ -225,7 +239,7 @@ def fit(
     loss = self.score_loss(balance, draw=draw, times=times, p_joint=p_joint, task=task)
     recipe = {**self.config, "draw": draw, "times": times, "p_joint": p_joint, "balance": balance,
               **({} if task is None else {"task": list(task)})}
-    with self.denoiser.running(self.network(min(len(z), how.batch_size), how.steps, how.precision, compile)):
+    with self.denoiser.running(loss=self.error(min(len(z), how.batch_size), how.steps, how.precision, compile)):
         return train(self.denoiser, loss, {"z": z, "present": present}, how, seed=seed, folder=folder, config=recipe, label="score network",
                      graph=True, progress=progress)
 

@@ -210,17 +210,17 @@ def compiling_pays(
 
 # %% ../nbs/03_nets.ipynb #86edc70e
 def compiled(
-    net: nn.Module,
+    method: Callable,      # of a module, such as `net.forward`
     *example: Tensor,      # what it is tried on
     dynamic: bool = False, # for any number of rows, and not this one only
     mode: str = "default", # of `torch.compile`; "reduce-overhead" makes CUDA graphs
-) -> Callable:             # what the network does
-    "The network's forward pass, compiled; the network itself, with a warning, where that fails."
-    fast = torch.compile(net.forward, dynamic=dynamic, mode=mode)
+) -> Callable:             # does what the method does
+    "The method, compiled; or, with a warning, as it is where that fails."
+    fast = torch.compile(method, dynamic=dynamic, mode=mode)
     try:
         out = fast(*example)
-        if out.requires_grad: torch.autograd.grad(out.sum(), list(net.parameters()), allow_unused=True)
+        if out.requires_grad: torch.autograd.grad(out.sum(), list(method.__self__.parameters()), allow_unused=True)
     except Exception as e:
         warnings.warn(f"the network is not compiled, which costs time and changes nothing else: {str(e).strip().splitlines()[0]}")
-        return net
+        return method
     return fast if mode == "default" else lambda *args: fast(*args).clone()  # a graph writes all its answers to one place
