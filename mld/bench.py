@@ -66,7 +66,7 @@ def precisions_on(
 
 def measure_machine(
     device: torch.device,
-    rounds: int = 5,
+    rounds: int = 25,
 ) -> Machine:
     "Both ceilings, the best of several trials."
     def best(do):
