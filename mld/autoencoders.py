@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['polymnist_encoder', 'polymnist_decoder', 'linear_bn', 'conv_bn_encoder', 'conv_bn_decoder', 'Autoencoder',
-           'fit_autoencoder']
+           'check_networks', 'fit_autoencoder']
 
 # %% ../nbs/07_autoencoders.ipynb #9a51c73d
+from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -102,6 +103,20 @@ class Autoencoder(nn.Module):
         if self.noise: z = z + self.noise * torch.randn(z.shape, generator=generator, device=z.device)
         return {self.modality.name: self.modality.loss(x, self.decoder(z).float()).mean()}
 
+@torch.no_grad()
+def check_networks(
+    model: Autoencoder,
+    x: Tensor,  # data, (B, *shape)
+) -> None:
+    "`ValueError` if the networks do not turn data into latents and these into data of the same shape."
+    m, was = model.modality, model.training
+    name = f"architecture {m.architecture!r} of modality {m.name!r}"
+    try: z = model.eval().encoder(x); x_hat = model.decoder(z)
+    except RuntimeError as e: raise ValueError(f"{name} does not fit its shape {m.shape}: {str(e).splitlines()[0]}") from e
+    model.train(was)
+    for what, got, wanted in (("encoder", z.shape, (len(x), m.latent)), ("decoder", x_hat.shape, x.shape)):
+        if got != wanted: raise ValueError(f"{name}: expected the {what} to give {tuple(wanted)}, got {tuple(got)}")
+
 def fit_autoencoder(
     modality: Modality,                  # what it is for
     x: Tensor | Column,                  # training data, (N, *shape), bytes or floats
@@ -119,6 +134,7 @@ def fit_autoencoder(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Autoencoder(modality, noise).to(device)
-    history = train(model, model.loss, {"x": x}, how, seed=seed, folder=folder, config={"noise": noise},
+    check_networks(model, to_unit(x[:2]).to(device))
+    history = train(model, model.loss, {"x": x}, how, seed=seed, folder=folder, config={"noise": noise, **asdict(modality)},
                     label=f"autoencoder {modality.name}", progress=progress)
     return model, history

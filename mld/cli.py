@@ -49,15 +49,21 @@ def parameters_of(
     "What a table's notebook is to be run with. `ValueError` on a name that is not known, before anything runs."
     import papermill
     from mld.data.dataset import SOURCES
-    from mld.experiment import table_folder
+    from mld.experiment import check_recipe, table_folder
     from mld.modality import lookup
     from mld.settings import TABLES, settings_for
     own = {k: ast.literal_eval(v["default"]) for k, v in papermill.inspect_notebook(str(table_notebook(table))).items()}
     if stray := set(asked) - set(own): raise ValueError(f"{table} has no parameter {', '.join(sorted(stray))}; known: {', '.join(own)}")
     chosen = dict(map(parse_setting, settings))
+    for name, value in chosen.items():
+        if name in asked: raise ValueError(f"--set {name}: say --{name} in its place")
+        if name in own and isinstance(own[name], (list, dict, int, float)) and not isinstance(value, (int, float) if isinstance(own[name], float) else type(own[name])):
+            raise ValueError(f"parameter {name!r} is {type(own[name]).__name__}, like {own[name]!r}; got {value!r}")
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device := asked.get("device", "auto")): raise ValueError(f"unknown device {device!r}; known: auto, cpu, mps, cuda, cuda:0...")
     overrides = {k: v for k, v in chosen.items() if k not in own}
+    if "dataset" in overrides: raise ValueError(f"{table} has no parameter 'dataset'; known: {', '.join(own)}")
     its = own | {k: v for k, v in chosen.items() if k in own} | asked | {"overrides": overrides}
-    for dataset in datasets_of(table, its): settings_for(lookup("data set of this table", dataset, TABLES[table].datasets), its["preset"], overrides)
+    for dataset in datasets_of(table, its): check_recipe(settings_for(lookup("data set of this table", dataset, TABLES[table].datasets), its["preset"], overrides))
     if "seeds" not in own: return its, table_folder(its["out"], table, its["preset"], overrides, [its["seed"]], its.get("source", ""))
     for model in its["models"]: lookup("model of this table", model, TABLES[table].models)
     if its["source"]: lookup("source", its["source"], SOURCES)
@@ -205,7 +211,11 @@ def report(
     write: Annotated[bool, typer.Option("--write", help="Write RESULTS.md and index.html into the first folder, of what is below it.")] = False,
 ) -> None:
     "Print the tables of all rows found; or write a page of them."
+    from mld.modality import lookup
     from mld.report import read_rows, tables_of
+    from mld.settings import TABLES
+    try: table and lookup("table", table, TABLES)
+    except ValueError as e: fail(e)
     rows = read_rows(*(roots or [home() / "results", Path("runs")]), table=table)
     if rows.empty: fail(ValueError("no rows found; `mld run` makes some"))
     if write:

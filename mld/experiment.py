@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NET_SETTINGS', 'CONDITIONS', 'AROUND', 'RUNS', 'PARAMETERS', 'TABLE_PARAMETERS', 'label', 'as_file_name',
-           'table_folder', 'Setup', 'keep', 'Experiment', 'each', 'devices', 'make_stage', 'Encoded', 'Run', 'ExactRun',
-           'BaselineRun', 'make_run', 'runs_of', 'parameters_in', 'open_run', 'reopen', 'Opened', 'Study',
-           'table_parameters', 'OpenTable']
+           'table_folder', 'Setup', 'keep', 'Experiment', 'each', 'devices', 'make_stage', 'Encoded', 'check_recipe',
+           'Run', 'ExactRun', 'BaselineRun', 'make_run', 'runs_of', 'parameters_in', 'open_run', 'reopen', 'Opened',
+           'Study', 'table_parameters', 'OpenTable']
 
 # %% ../nbs/42_experiment.ipynb #062b5dfa
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,7 +30,7 @@ from .model import MLD, encode_all
 from .nets import NETS, n_params
 from .samplers import SAMPLERS, options_of
 from .sde import PROCESSES, TIMES
-from .settings import PROTOCOLS, TABLES, Protocol, settings_for
+from .settings import PROTOCOLS, TABLES, Protocol, Settings, settings_for
 from .stages import Stage, key_of, planning, run_stage, stage_file
 from .training import Training, atomic, side_by_side
 
@@ -312,15 +312,19 @@ CONDITIONS: dict[str, Callable] = {  # name -> (denoiser, generator) to the deno
     "renoise": Renoised}                           # noised to the time of the others: MLD-Inpaint
 AROUND = ("guidance", "autoguidance", "interval")  # options of a sampler that are not its own
 
+def check_recipe(
+    settings: Settings,
+) -> None:
+    "`ValueError` names what a setting or a sampler cannot be, and lists what it can."
+    choices = {"net": NETS, "process": PROCESSES, "predict": PREDICTIONS, "draw": [*DRAWS, "task"], "times": TIMES, "balance": BALANCES, "condition": CONDITIONS}
+    for name, known in choices.items(): lookup(name, getattr(settings, name), known)
+    for label, options in settings.samplers.items():
+        walk = lookup("sampler", options.get("sampler", label), SAMPLERS)
+        for name in options: lookup(f"option of the sampler {label}", name, ["sampler", "precision", "compile", *AROUND, *options_of(walk)])
+
 class Run(Encoded):
     "An experiment with a score network, samples, rows and figures: one line of a table."
-    def check(self) -> None:
-        "`ValueError` names what a setting or a sampler cannot be, and lists what it can."
-        choices = {"net": NETS, "process": PROCESSES, "predict": PREDICTIONS, "draw": [*DRAWS, "task"], "times": TIMES, "balance": BALANCES, "condition": CONDITIONS}
-        for name, known in choices.items(): lookup(name, getattr(self.settings, name), known)
-        for label, options in self.settings.samplers.items():
-            walk = lookup("sampler", options.get("sampler", label), SAMPLERS)
-            for name in options: lookup(f"option of the sampler {label}", name, ["sampler", "precision", "compile", *AROUND, *options_of(walk)])
+    def check(self) -> None: check_recipe(self.settings)
 
     def score_network(self) -> tuple:
         "Name, settings and making of the stage of the score network: its weights, and its losses as `info['history']`."

@@ -107,6 +107,8 @@ class AutoGuidance(Around):
         interval: tuple[float, float] = (0., 1.),  # times between which it acts
     ):
         super().__init__(denoiser)
+        if not hasattr(weaker, "sizes"): raise ValueError(f"expected a weaker denoiser, such as `model.denoiser`, got {type(weaker).__name__}")
+        if weaker.process != denoiser.process: raise ValueError(f"expected a weaker denoiser of {denoiser.process}, got one of {weaker.process}")
         if tuple(weaker.sizes) != tuple(denoiser.sizes):
             raise ValueError(f"expected a weaker denoiser of latents {tuple(denoiser.sizes)}, got {tuple(weaker.sizes)}")
         self.weaker, self.weight, self.interval = weaker, weight, check_interval(interval)

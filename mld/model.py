@@ -19,7 +19,7 @@ from tqdm import trange
 from .autoencoders import Autoencoder, fit_autoencoder
 from .denoiser import BALANCES, DRAWS, Denoiser, draw_task, hide_missing, in_halves
 from .guidance import Without
-from .modality import ARCHITECTURES, Column, Modality, check_batch, check_training, join, lookup, split, to_unit
+from .modality import ARCHITECTURES, Column, Modality, as_python, check_batch, join, lookup, owners, size_of, split, to_unit
 from .nets import NETS, compiled, compiling_pays
 from .samplers import SAMPLERS, about_calls, options_of
 from .sde import PROCESSES, TIMES
@@ -37,7 +37,9 @@ class MLD(nn.Module):
         **net_args,                      # of the network: width, time_width, groups...
     ):
         super().__init__()
+        if not modalities: raise ValueError("expected at least one modality")
         if len({m.name for m in modalities}) < len(modalities): raise ValueError("two modalities have the same name")
+        net_args = {name: as_python(value) for name, value in net_args.items()}
         self.modalities = tuple(modalities)
         self.config = {"modalities": [asdict(m) for m in modalities], "net": net, "predict": predict, "process": process, **net_args}
         self.autoencoders = nn.ModuleDict({m.name: Autoencoder(m) for m in modalities})
@@ -79,9 +81,14 @@ def latent_statistics(
 
 # %% ../nbs/08_model.ipynb #6de72f37
 @patch
+def measure_latents(self: MLD, raw: Mapping[str, Tensor]) -> None:
+    "Measure the latent statistics on raw training latents, name -> (N of this modality, latent)."
+    self.mean, self.std = map(torch.cat, zip(*(latent_statistics(raw[name]) for name in self.names)))
+
+@patch
 def standardise(self: MLD, raw: Mapping[str, Tensor]) -> Tensor:
     "Measure the latent statistics on raw training latents and return these standardised, (N, D)."
-    self.mean, self.std = latent_statistics(join(raw, self.modalities))
+    self.measure_latents(raw)
     return self.scale(raw)
 
 @patch
@@ -92,11 +99,27 @@ def scale(self: MLD, raw: Mapping[str, Tensor]) -> Tensor:
     return (join({**split(self.mean.expand(n, -1), self.modalities), **known}, self.modalities) - self.mean) / self.std
 
 @patch
+def check_present(
+    self: MLD,
+    present: Tensor | None,  # what each sample has, bool (N, M)
+    n: int,                  # samples
+) -> Tensor:                 # bool (N, M)
+    "`present` itself, or everything where nothing is said; `ValueError` if it is of another form, or a modality is never there."
+    if present is None: return torch.ones(n, len(self.modalities), dtype=torch.bool, device=self.device)
+    if not isinstance(present, Tensor) or present.dtype != torch.bool or present.shape != (n, len(self.modalities)):
+        got = f"{present.dtype} {tuple(present.shape)}" if isinstance(present, Tensor) else type(present).__name__
+        raise ValueError(f"expected present as bool ({n}, {len(self.modalities)}), got {got}")
+    for name, there in zip(self.names, present.any(0).tolist()):
+        if not there: raise ValueError(f"modality {name!r} is present in no sample")
+    return present.to(self.device)
+
+@patch
 def fit_autoencoders(
     self: MLD,
-    data: Mapping[str, Tensor | Column],  # name -> (N, *shape), all modalities; bytes or floats
+    data: Mapping[str, Tensor | Column],  # name -> (N, *shape), all modalities; bytes or other numbers
     how: Training | Mapping[str, Training],  # for all, or by name
     *,
+    present: Tensor | None = None,      # what each sample has, bool (N, M); everything by default
     noise: float = 0.,                  # on the latents, while training
     seed: int = 0,
     folder: str | Path | None = None,   # of checkpoints, one folder a modality
@@ -104,24 +127,36 @@ def fit_autoencoders(
     progress: bool = True,
 ) -> dict[str, list[dict]]:             # losses by modality
     "Train every autoencoder on its own, then measure the latents of the whole training set."
-    check_training(data, self.modalities)
+    if present is not None:
+        present = self.check_present(present, size_of(data)).cpu()
+        data = {name: x[present[:, self.names.index(lookup("modality", name, self.names))].to(x.device)] for name, x in data.items()}
+    check_batch({name: to_unit(x[:1]) for name, x in data.items()}, self.modalities, complete=True)
+    if present is None: size_of(data)
     how = {m.name: how if isinstance(how, Training) else lookup("modality", m.name, how) for m in self.modalities}
     jobs = [partial(fit_autoencoder, m, data[m.name], how[m.name], noise=noise, seed=seed, folder=folder and Path(folder) / m.name,
                     progress=progress) for m in self.modalities]
     histories = {}
     for name, (model, histories[name]) in zip(self.names, side_by_side(jobs, devices or [str(self.device)])):
         self.autoencoders[name] = model.to(self.device)
-    self.standardise(encode_all(self.autoencoders, data))
+    self.measure_latents(encode_all(self.autoencoders, data))
     return histories
 
 @patch
 def encode(
     self: MLD,
-    batch: Mapping[str, Tensor],  # name -> (B, *shape); any of the modalities
-) -> Tensor:                      # (B, D), standardised; 0 (the mean) where a modality is missing
+    batch: Mapping[str, Tensor | Column],  # name -> (B, *shape); any of the modalities
+    present: Tensor | None = None,         # what each sample has, bool (B, M); of all that is in the batch by default
+) -> Tensor:                               # (B, D), standardised; 0 (the mean) where a modality is missing
     "Standardised latents of the modalities in the batch."
-    check_batch(batch := {k: to_unit(x) for k, x in batch.items()}, self.modalities)
-    return self.scale(encode_all(self.autoencoders, batch))
+    batch = {k: to_unit(x[:] if isinstance(x, Column) else x) for k, x in batch.items()}
+    if present is not None:
+        present = self.check_present(present, size_of(batch))
+        for k, x in batch.items():  # any sample that is there fills the places of those that are not
+            has = present[:, self.names.index(lookup("modality", k, self.names))].to(x.device)
+            batch[k] = torch.where(has.view(-1, *[1] * (x.ndim - 1)), x, x[has][:1])
+    check_batch(batch, self.modalities)
+    z = self.scale(encode_all(self.autoencoders, batch))
+    return z if present is None else torch.where(present[:, self.denoiser.owner], z, 0.)
 
 @patch
 @torch.no_grad()
@@ -184,6 +219,7 @@ def training_states(
     make_t, law = lookup("draw", draw, DRAWS), lookup("law of t", times, TIMES)
     if not 0 <= p_joint <= 1: raise ValueError(f"p_joint is a probability, got {p_joint}")
     if task is not None:
+        task = [task] if isinstance(task, str) else task
         if {*task} == {*self.names}: raise ValueError("a task that gives every modality leaves nothing to learn")
         always = torch.tensor([m in [lookup("modality", name, self.names) for name in task] for m in self.names], device=self.device)
         make_t = lambda n, n_modalities, law, p_joint, generator: draw_task(n, always, law, generator)
@@ -231,10 +267,8 @@ def fit(
     "Train the score network on cached latents, of which some may be missing; the sum of its losses starts near D."
     if not isinstance(z, Tensor) or z.ndim != 2 or z.shape[1] != len(self.mean):
         raise ValueError(f"expected latents (N, {len(self.mean)}), which `encode` makes of data, got {tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__}")
-    present = torch.ones(len(z), len(self.modalities), dtype=torch.bool, device=z.device) if present is None else present.to(z.device)
-    if present.dtype != torch.bool or present.shape != (len(z), len(self.modalities)):
-        raise ValueError(f"expected present as bool ({len(z)}, {len(self.modalities)}), got {present.dtype} {tuple(present.shape)}")
-    owner = self.denoiser.owner
+    if len(z) == 0: raise ValueError(f"expected latents (N, {len(self.mean)}), got none")
+    z, present, owner = z.float(), self.check_present(present, len(z)).to(z.device), self.denoiser.owner
     if not (z.isfinite() | ~present[:, owner.to(z.device)]).all(): raise ValueError("latents hold NaN or infinite values")
     loss = self.score_loss(balance, draw=draw, times=times, p_joint=p_joint, task=task)
     recipe = {**self.config, "draw": draw, "times": times, "p_joint": p_joint, "balance": balance,
@@ -314,7 +348,7 @@ def sample(
     n: int = 1,                                  # samples, or samples per condition
     given: Mapping[str, Tensor] | None = None,   # name -> (B, *shape), to condition on
     *,
-    absent: Sequence[str] = (),                  # names that are left out; their latents come back as 0, the mean
+    absent: Sequence[str] = (),                  # names that are left out, which a network knows that was trained with `draw="absent"`; their latents come back as 0, the mean
     around: Callable | None = None,              # denoiser -> denoiser, such as `partial(Guidance, weight=.5)`
     sampler: str = "em",                         # a name in `SAMPLERS`
     seed: int = 0,
@@ -326,7 +360,7 @@ def sample(
     if n < 1: raise ValueError(f"n must be at least 1, got {n}")
     walk = lookup("sampler", sampler, SAMPLERS)
     for name in options: lookup(f"option of the sampler {sampler}", name, options_of(walk))
-    given = {} if given is None else {k: x.to(self.device) for k, x in given.items()}
+    given = {} if given is None else given
     for name in absent:
         if lookup("modality", name, self.names) in given: raise ValueError(f"modality {name!r} is both given and absent")
     z = self.encode(given).repeat_interleave(n, 0) if given else torch.zeros(n, len(self.mean), device=self.device)
@@ -344,11 +378,12 @@ def generate(
     n: int = 1,                                  # samples, or samples per condition
     given: Mapping[str, Tensor] | None = None,   # name -> (B, *shape), to condition on
     want: Sequence[str] | None = None,           # names; by default all that are not given
-    alone: bool = False,                         # leave out what is neither given nor wanted, which is otherwise generated along
+    alone: bool = False,                         # leave out what is neither given nor wanted, which is otherwise generated along; see `absent` of `sample`
     **options,                                   # of `sample`: sampler, steps, seed, precision, around
 ) -> dict[str, Tensor]:                          # name -> (n or B * n, *shape)
-    "Generate data, jointly or given some modalities."
-    want = [m for m in self.names if m not in (given or {})] if want is None else want
+    "Generate what decoders answer, jointly or given some modalities: of likelihoods that take logits these; `as_data` makes data of it."
+    want = [m for m in self.names if m not in (given or {})] if want is None else [want] if isinstance(want, str) else want
+    if not want: raise ValueError("nothing to generate: every modality is given, or none wanted")
     for name in want: lookup("modality", name, self.names)
     absent = [m for m in self.names if m not in {*want, *(given or {})}] if alone else ()
     return self.decode(self.sample(n, given, absent=absent, **options), want)

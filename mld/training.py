@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'atomic', 'checksum', 'save_weights', 'CorruptFile', 'load_weights', 'save_checkpoint',
            'load_checkpoint', 'has_bf16', 'precision_on', 'autocast', 'Training', 'batches', 'stop_signals', 'Diverged',
-           'own_stream', 'as_graph', 'Trainer', 'train', 'start_worker', 'run_job', 'side_by_side']
+           'own_stream', 'as_graph', 'sketch', 'Trainer', 'train', 'start_worker', 'run_job', 'side_by_side']
 
 # %% ../nbs/06_training.ipynb #57e6b917
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ from safetensors.torch import load, save_file
 from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
-from .modality import lookup
+from .modality import as_python, lookup
 
 # %% ../nbs/06_training.ipynb #ccc52f18
 @contextmanager
@@ -102,7 +102,7 @@ def load_checkpoint(
             continue
         state = torch.load(io.BytesIO(blob), map_location=device, weights_only=True)
         if state["config"] == json.dumps(config, sort_keys=True): return state
-        warnings.warn(f"{path} was made with other settings; not used")
+        warnings.warn(f"{path} was made with other settings or data; not used")
 
 # %% ../nbs/06_training.ipynb #00ad5526
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}  # name -> what autocast computes in; None: no autocast
@@ -143,9 +143,14 @@ class Training:
     precision: str = "fp32"    # a name in `PRECISIONS`; a device without units for bfloat16 computes "bf16" in 32 bits
 
     def __post_init__(self):
+        "`ValueError` on a value that trains nothing, or not what it says."
         lookup("precision", self.precision, PRECISIONS)
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1: raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("steps", "batch_size", "lr", "warmup", "cooldown", "clip", "ema"): object.__setattr__(self, name, as_python(getattr(self, name)))
+        for name, least in {"steps": 1, "batch_size": 1, "warmup": 0}.items():
+            if not isinstance(value := getattr(self, name), int) or value < least: raise ValueError(f"{name} must be at least {least}, a whole number, got {value!r}")
+        for name, what, fits in (("lr", "at least 0", lambda v: v >= 0), ("cooldown", "a fraction of the steps, 0 to 1", lambda v: 0 <= v <= 1),
+                                 ("clip", "above 0 or None", lambda v: v is None or v > 0), ("ema", "at least 0 and below 1, or None", lambda v: v is None or 0 <= v < 1)):
+            if isinstance(value := getattr(self, name), str) or not fits(value): raise ValueError(f"{name} must be {what}, got {value!r}")
 
     def rate(
         self,
@@ -217,6 +222,14 @@ def as_graph(
     return replay
 
 # %% ../nbs/06_training.ipynb #9732777a
+def sketch(
+    x: Tensor,        # (N, ...), or a `Column`
+    rows: int = 256,  # that are looked at, evenly spread
+) -> str:
+    "Mean and standard deviation of some rows, to three digits: other data have others, the same data computed again have not."
+    part = x[torch.linspace(0, len(x) - 1, min(rows, len(x))).long().to(x.device)].float().nan_to_num()
+    return " ".join(f"{v:.3g}" for v in reversed(torch.std_mean(part, correction=0)))
+
 class Trainer:
     "Minimise a loss over data in memory; see `train`."
     look = 10      # steps between looks at the losses, of which the history notes some
@@ -235,9 +248,11 @@ class Trainer:
         graph: bool = False,               # may steps be captured? See `train`
     ):
         self.model, self.loss, self.data, self.how, self.seed, self.folder = model, loss, data, how, seed, folder
+        if not any(True for _ in model.parameters()): raise ValueError("nothing to train: the model has no parameters")
         self.device = next(model.parameters()).device
         self.n = len(next(iter(data.values())))
-        self.config = {**asdict(how), "precision": precision_on(self.device, how.precision), "seed": seed, "n": self.n, "device": self.device.type, **(config or {})}
+        self.config = {**asdict(how), "precision": precision_on(self.device, how.precision), "seed": seed, "n": self.n, "data": {name: sketch(x) for name, x in data.items()},
+                       "device": self.device.type, **(config or {})}
         self.gpu, self.home = self.device.type == "cuda", next(iter(data.values())).device
         self.capture = as_graph if graph and self.graphs and self.gpu and self.home == self.device else None
         self.replay, self.tried = None, 0
@@ -351,7 +366,7 @@ class Trainer:
         if self.folder and (state := load_checkpoint(self.folder, self.config)): self.restore(state)
         bar = tqdm(total=self.how.steps, initial=self.step, desc=label, disable=not progress, mininterval=1, dynamic_ncols=True)
         index, saved = batches(self.n, self.how.batch_size, self.seed, self.step, self.home), time.monotonic()
-        kept = "the same call goes on from here" if self.folder else "nothing was kept, since there is no folder for checkpoints"
+        kept = "the same call goes on from here" if self.folder else "the model stays as it is now, since there is no folder for checkpoints"
         with stop_signals() as stop, bar, own_stream(self.device):
             while self.step < self.how.steps:
                 begun = time.monotonic()
@@ -382,12 +397,13 @@ def train(
     progress: bool = True,             # show one?
 ) -> list[dict]:                       # step, seconds and losses by name: at most 201 entries, the last one of the last step
     "Train, resuming if there is a checkpoint. Raises `Diverged`, and `KeyboardInterrupt` after saving, if there is a folder."
+    trainer = Trainer(model, loss, data, how, seed, folder, config, graph)
     model.train()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        history = Trainer(model, loss, data, how, seed, folder, config, graph).run(every, label, progress)
-    model.eval()
-    return history
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return trainer.run(every, label, progress)
+    finally: model.eval()
 
 # %% ../nbs/06_training.ipynb #9a22e815
 def start_worker(
