@@ -19,7 +19,7 @@ from tqdm import trange
 from .autoencoders import Autoencoder, fit_autoencoder
 from .denoiser import BALANCES, DRAWS, Denoiser, draw_task, hide_missing, in_halves
 from .guidance import Without
-from .modality import ARCHITECTURES, Column, Modality, as_python, check_batch, join, lookup, owners, size_of, split, to_unit
+from .modality import ARCHITECTURES, Column, Modality, as_python, check_batch, join, lookup, size_of, split, to_unit
 from .nets import NETS, compiled, compiling_pays
 from .samplers import SAMPLERS, about_calls, options_of
 from .sde import PROCESSES, TIMES
