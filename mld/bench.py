@@ -114,16 +114,16 @@ def stepper(
     model: MLD,
     how: Training,         # precision, batch size and the rest
     compile: bool = False, # the network, and the loss around it?
-    mode: str = "default", # of compiling; with "reduce-overhead" the whole step is replayed as a CUDA graph
+    mode: str = "default", # with "reduce-overhead" the whole step is replayed as a CUDA graph
     n: int = 4096,         # latents that a batch is taken from
 ) -> Callable:
-    "One step of training the score network, as `MLD.fit` makes it."
-    error, batch = model.error(how.batch_size, 0, how.precision, compile), {
+    "One step of training the score network, as `MLD.fit` makes it, which on a GPU is replayed, too."
+    fast, batch = model.fast_loss(how.batch_size, 0, how.precision, compile), {
         "z": torch.randn(n, len(model.mean), device=model.device),
         "present": torch.ones(n, len(model.modalities), dtype=torch.bool, device=model.device)}
     trainer, index = Trainer(model.denoiser, model.score_loss(), batch, how, graph=mode != "default"), batches(n, how.batch_size, 0, device=model.device)
     def step():
-        with own_stream(model.device), model.denoiser.running(loss=error): trainer.one_step(next(index))
+        with own_stream(model.device), model.denoiser.running(loss=fast): trainer.one_step(next(index))
         trainer.recent.clear()
     return step
 
@@ -209,7 +209,7 @@ def sampling_ms(
 ) -> dict[str, float]:          # name -> milliseconds a network call, the sampler's own work included
     "What a call costs on average, from short walks."
     short = {"steps": 4, **({"length": 2, "passes": 2} if sampler == "repaint" else {})}
-    with torch.no_grad(): runs = {name: model.network(n, 0, *way) for name, way in ways.items()}
+    runs = {name: model.network(n, 0, *way) for name, way in ways.items()}
     def go(run):
         with model.denoiser.running(run): walk(model.denoiser, sampler, n, short)
     calls = count_calls(model, sampler, short)
@@ -318,7 +318,7 @@ def bench_rows(
 def step_table(
     rows: pd.DataFrame,  # from `bench_rows`, of one or more data sets
 ) -> pd.DataFrame:
-    "Training steps: milliseconds, times faster than plain 32 bits, and the floor's share."
+    "Training steps: milliseconds, times faster than our own step in 32 bits, and the floor's share."
     part = rows[rows.metric.isin(["step ms", "floor ms"]) & (rows.target == "all")]
     table = part.pivot_table("value", ["dataset", "network_params", "n", "variant"], "metric", sort=False)[["step ms", "floor ms"]]
     plain = table["step ms"].groupby(level=[0, 1, 2]).transform("first")

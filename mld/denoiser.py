@@ -174,11 +174,11 @@ class Denoiser(nn.Module):
         self.prediction = lookup("prediction", predict, PREDICTIONS)
         self.register_buffer("owner", owners(sizes), persistent=False)
         self.calls = 0  # network calls so far, but for those of the loss
-        self.run, self.run_loss = None, None  # what computes in place of the network and of the error
+        self.run, self.run_loss = None, None  # what computes in place of the network and of the plain loss
 
     @contextmanager
     def running(self, run: Callable | None = None, loss: Callable | None = None) -> Iterator[None]:
-        "Meanwhile `run` computes in place of the network, and `loss` in place of `error`: compiled, or in another precision."
+        "Meanwhile `run` computes in place of the network and `loss` in that of `plain_loss`; what is not given computes as written, whatever was set outside."
         before, self.run, self.run_loss = (self.run, self.run_loss), run, loss
         try: yield
         finally: self.run, self.run_loss = before
@@ -205,13 +205,13 @@ class Denoiser(nn.Module):
         "Predicted clean latent, (B, D)."
         return self.prediction.z0(self(z_t, t), z_t, *self.scales(t))
 
-    def error(
+    def plain_loss(
         self,
         z: Tensor,    # clean standardised latents, (B, D)
         t: Tensor,    # state, (B, M)
         eps: Tensor,  # unit noise, (B, D)
         weight: Tensor | None = None,  # of a coordinate of each modality, (M,); 1 by default
-    ) -> Tensor:      # (M,), mean over the batch; its sum is the loss
+    ) -> Tensor:      # (M,), mean over the batch
         "Weighted squared error on diffused coordinates, rescaled by D / (sum of their weights)."
         alpha_t, sigma_t = self.scales(t)
         diffused = ((t > 0) & (t < 1))[:, self.owner]
@@ -222,9 +222,15 @@ class Denoiser(nn.Module):
         error = share * error * z.shape[1] / share.sum(1, keepdim=True).clamp(min=1e-9)
         return torch.stack([part.sum(1).mean() for part in error.split(self.sizes, 1)])
 
-    def loss(self, z: Tensor, t: Tensor, eps: Tensor, weight: Tensor | None = None) -> Tensor:
-        "What training minimises: `error`, or what computes in its place."
-        return (self.run_loss or self.error)(z, t, eps, weight)
+    def loss(
+        self,
+        z: Tensor,    # as of `plain_loss`
+        t: Tensor,
+        eps: Tensor,
+        weight: Tensor | None = None,
+    ) -> Tensor:      # (M,), mean over the batch; training minimises its sum
+        "`plain_loss`, or what `running` has put in its place."
+        return (self.run_loss or self.plain_loss)(z, t, eps, weight)
 
 # %% ../nbs/04_denoiser.ipynb #ab2cd80d
 BALANCES: dict[str, Callable] = {  # name -> (latent sizes (M,)) -> weight of a coordinate of each modality (M,)

@@ -193,18 +193,18 @@ def network(
     return run
 
 @patch
-def error(
+def fast_loss(
     self: MLD,
     rows: int,                    # of a batch
     steps: int,                   # of training
     precision: str = "fp32",      # that the trainer computes in, a name in `PRECISIONS`
     compile: bool | None = None,  # first? By default where that pays
-) -> Callable:                    # as `Denoiser.error`
-    "The error of the score network for training, compiled with all around it where that pays."
-    error = self.denoiser.error
-    if not compiling_pays(self.denoiser.net, rows * steps, compile): return error
+) -> Callable:                    # as `Denoiser.plain_loss`
+    "The loss of the score network, compiled where that pays."
+    loss = self.denoiser.plain_loss
+    if not compiling_pays(self.denoiser.net, rows * steps, compile): return loss
     z, t, eps = (torch.zeros(rows, k, device=self.device) for k in (len(self.mean), len(self.modalities), len(self.mean)))
-    with autocast(precision, self.device): return compiled(error, z, t, eps, self.weights())
+    with autocast(precision, self.device): return compiled(loss, z, t, eps, self.weights())
 
 # %% ../nbs/08_model.ipynb #75b4646d
 @patch
@@ -261,7 +261,7 @@ def fit(
     present: Tensor | None = None,      # what each sample has, bool (N, M); everything by default
     seed: int = 0,
     folder: str | Path | None = None,   # of checkpoints
-    compile: bool | None = None,        # the network? By default where that pays; nothing but time depends on it
+    compile: bool | None = None,        # the loss, network and all? By default where that pays; nothing but time depends on it
     progress: bool = True,
 ) -> list[dict]:                        # losses
     "Train the score network on cached latents, of which some may be missing; the sum of its losses starts near D."
@@ -273,7 +273,7 @@ def fit(
     loss = self.score_loss(balance, draw=draw, times=times, p_joint=p_joint, task=task)
     recipe = {**self.config, "draw": draw, "times": times, "p_joint": p_joint, "balance": balance,
               **({} if task is None else {"task": list(task)})}
-    with self.denoiser.running(loss=self.error(min(len(z), how.batch_size), how.steps, how.precision, compile)):
+    with self.denoiser.running(loss=self.fast_loss(min(len(z), how.batch_size), how.steps, how.precision, compile)):
         return train(self.denoiser, loss, {"z": z, "present": present}, how, seed=seed, folder=folder, config=recipe, label="score network",
                      graph=True, progress=progress)
 

@@ -216,11 +216,14 @@ def compiled(
     mode: str = "default", # of `torch.compile`; "reduce-overhead" makes CUDA graphs
 ) -> Callable:             # does what the method does
     "The method, compiled; or, with a warning, as it is where that fails."
+    from torch._dynamo import config  # here, since it takes a second
+    room = {name: value for name, value in {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}.items() if hasattr(config, name)}
     fast = torch.compile(method, dynamic=dynamic, mode=mode)
     try:
-        out = fast(*example)
+        with config.patch(room): out = fast(*example)
         if out.requires_grad: torch.autograd.grad(out.sum(), list(method.__self__.parameters()), allow_unused=True)
     except Exception as e:
-        warnings.warn(f"the network is not compiled, which costs time and changes nothing else: {str(e).strip().splitlines()[0]}")
+        why = (str(e).strip() or type(e).__name__).splitlines()[0]
+        warnings.warn(f"{type(method.__self__).__name__}.{method.__name__} is not compiled, which costs time and changes nothing else: {why}")
         return method
     return fast if mode == "default" else lambda *args: fast(*args).clone()  # a graph writes all its answers to one place

@@ -325,7 +325,8 @@ class Trainer:
         self.index = self.index.clone()  # a place of its own, to which others will be copied
         try: self.replay = capture(self.work, self.generator)
         except Exception as e:
-            warnings.warn(f"steps are not captured as a CUDA graph, which costs time and changes nothing else: {str(e).strip().splitlines()[0]}")
+            why = (str(e).strip() or type(e).__name__).splitlines()[0]
+            warnings.warn(f"steps are not captured as a CUDA graph, which costs time and changes nothing else: {why}")
             self.generator = torch.Generator(self.device)
             self.generator.set_state(state)
 

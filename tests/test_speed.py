@@ -147,18 +147,35 @@ def test_a_compiled_training_can_be_killed_and_goes_on(plain, tmp_path):
     torch.testing.assert_close(losses(resumed.fit(latents(), HOW, compile=True, folder=tmp_path, progress=False)), plain[1], rtol=1e-4, atol=1e-4)
 
 
-def test_all_networks_of_a_shape_are_compiled_once(plain):
+def test_training_calls_what_was_compiled(monkeypatch):
+    called = []
+    monkeypatch.setattr("mld.model.compiled", lambda method, *example: lambda *given: called.append(len(given[0])) or method(*given))
+    new_model().fit(latents(), Training(5, 32), compile=True, progress=False)
+    assert called == [32] * 5
+
+
+def test_more_shapes_than_the_compiler_keeps_by_itself_are_compiled():
+    from torch._dynamo.utils import counters
+    before = counters["stats"]["unique_graphs"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for rows in range(20, 30): new_model().fit(latents(), Training(2, rows), compile=True, progress=False)
+    assert counters["stats"]["unique_graphs"] == before + 10
+
+
+def test_all_networks_of_a_shape_are_compiled_once():
     "A study trains many of them in one process, and no step of any may wait for the compiler again."
     new_model().fit(latents(), Training(2, 32), compile=True, progress=False)
     with torch.compiler.set_stance("fail_on_recompile"), warnings.catch_warnings():
-        warnings.simplefilter("error")  # that something is not compiled is a warning
+        warnings.simplefilter("error", UserWarning)  # that something is not compiled is a warning
         for draw in ("sample", "batch", "inpaint"): new_model().fit(latents(), Training(4, 32, clip=1., ema=.9), draw=draw, compile=True, progress=False)
 
 
 def test_compiled_samples_are_the_same_and_any_number_of_them_is_compiled_once(plain):
     ask = partial(plain[0].sample, sampler="dpm", steps=4)
     torch.testing.assert_close(ask(20, compile=True), ask(20, compile=False), rtol=1e-4, atol=1e-4)
-    with torch.compiler.set_stance("fail_on_recompile"):
+    with torch.compiler.set_stance("fail_on_recompile"), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # that something is not compiled is a warning
         for n in (7, 33): torch.testing.assert_close(ask(n, compile=True), ask(n, compile=False), rtol=1e-4, atol=1e-4)
 
 
@@ -200,7 +217,7 @@ def test_without_a_compiler_everything_goes_on_as_it_is(root, tmp_path):
     env = {**os.environ, "CXX": "/nonexistent/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", NO_COMPILER, str(root / "tests")], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("the network is not compiled") >= 1, done.stdout
+    assert done.stdout.count("is not compiled, which costs time") >= 1, done.stdout
 
 
 def test_a_mode_of_compiling_changes_no_number():
