@@ -636,6 +636,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mld.modality.categorical': ('modality.html#categorical', 'mld/modality.py'),
                               'mld.modality.check_batch': ('modality.html#check_batch', 'mld/modality.py'),
                               'mld.modality.check_training': ('modality.html#check_training', 'mld/modality.py'),
+                              'mld.modality.first_line': ('modality.html#first_line', 'mld/modality.py'),
                               'mld.modality.gaussian': ('modality.html#gaussian', 'mld/modality.py'),
                               'mld.modality.join': ('modality.html#join', 'mld/modality.py'),
                               'mld.modality.laplace': ('modality.html#laplace', 'mld/modality.py'),

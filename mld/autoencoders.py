@@ -14,7 +14,7 @@ from pathlib import Path
 import math
 import torch
 from torch import Tensor, nn
-from .modality import Column, Modality, register_architecture, to_unit
+from .modality import Column, Modality, first_line, register_architecture, to_unit
 from .training import Training, train
 
 # %% ../nbs/07_autoencoders.ipynb #0eab3892
@@ -112,7 +112,7 @@ def check_networks(
     m, was = model.modality, model.training
     name = f"architecture {m.architecture!r} of modality {m.name!r}"
     try: z = model.eval().encoder(x); x_hat = model.decoder(z)
-    except RuntimeError as e: raise ValueError(f"{name} does not fit its shape {m.shape}: {str(e).splitlines()[0]}") from e
+    except RuntimeError as e: raise ValueError(f"{name} does not fit its shape {m.shape}: {first_line(e)}") from e
     model.train(was)
     for what, got, wanted in (("encoder", z.shape, (len(x), m.latent)), ("decoder", x_hat.shape, x.shape)):
         if got != wanted: raise ValueError(f"{name}: expected the {what} to give {tuple(wanted)}, got {tuple(got)}")

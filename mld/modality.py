@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LIKELIHOODS', 'ARCHITECTURES', 'KINDS', 'gaussian', 'laplace', 'bernoulli', 'categorical', 'lookup', 'as_python',
-           'register_architecture', 'show_image', 'show_curve', 'Modality', 'check_batch', 'size_of', 'to_unit',
-           'check_training', 'Column', 'subsets', 'join', 'split', 'owners']
+           'first_line', 'register_architecture', 'show_image', 'show_curve', 'Modality', 'check_batch', 'size_of',
+           'to_unit', 'check_training', 'Column', 'subsets', 'join', 'split', 'owners']
 
 # %% ../nbs/00_modality.ipynb #9e85e401
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -58,13 +58,19 @@ def lookup(
         raise ValueError(f"unknown {kind} {name!r}; known: {', '.join(map(str, known))}")
     return known[name] if isinstance(known, Mapping) else name
 
-# %% ../nbs/00_modality.ipynb #7a9f4811
 def as_python(
     x,
 ):     # a number of Python
     "A single number of numpy or torch as one of Python; anything else as it is."
     return x.item() if hasattr(x, "item") else x
 
+def first_line(
+    error: BaseException,
+) -> str:
+    "Of what it says; its type where it says nothing."
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+# %% ../nbs/00_modality.ipynb #7a9f4811
 ARCHITECTURES: dict[str, tuple[Callable, Callable]] = {}
 
 def register_architecture(

@@ -19,7 +19,7 @@ from tqdm import trange
 from .autoencoders import Autoencoder, fit_autoencoder
 from .denoiser import BALANCES, DRAWS, Denoiser, draw_task, hide_missing, in_halves
 from .guidance import Without
-from .modality import ARCHITECTURES, Column, Modality, as_python, check_batch, join, lookup, size_of, split, to_unit
+from .modality import ARCHITECTURES, Column, Modality, as_python, check_batch, check_training, join, lookup, size_of, split, to_unit
 from .nets import NETS, compiled, compiling_pays
 from .samplers import SAMPLERS, about_calls, options_of
 from .sde import PROCESSES, TIMES
@@ -127,11 +127,12 @@ def fit_autoencoders(
     progress: bool = True,
 ) -> dict[str, list[dict]]:             # losses by modality
     "Train every autoencoder on its own, then measure the latents of the whole training set."
-    if present is not None:
-        present = self.check_present(present, size_of(data)).cpu()
-        data = {name: x[present[:, self.names.index(lookup("modality", name, self.names))].to(x.device)] for name, x in data.items()}
-    check_batch({name: to_unit(x[:1]) for name, x in data.items()}, self.modalities, complete=True)
-    if present is None: size_of(data)
+    if present is None: check_training(data, self.modalities)
+    else:
+        present = self.check_present(present, size_of(data))
+        data = {**data, **{name: data[name][has.to(data[name].device)] for name, has in zip(self.names, present.T) if name in data}}
+        least = min(map(len, data.values()))
+        check_training({name: x[:least] for name, x in data.items()}, self.modalities)
     how = {m.name: how if isinstance(how, Training) else lookup("modality", m.name, how) for m in self.modalities}
     jobs = [partial(fit_autoencoder, m, data[m.name], how[m.name], noise=noise, seed=seed, folder=folder and Path(folder) / m.name,
                     progress=progress) for m in self.modalities]
@@ -151,9 +152,10 @@ def encode(
     batch = {k: to_unit(x[:] if isinstance(x, Column) else x) for k, x in batch.items()}
     if present is not None:
         present = self.check_present(present, size_of(batch))
-        for k, x in batch.items():  # any sample that is there fills the places of those that are not
-            has = present[:, self.names.index(lookup("modality", k, self.names))].to(x.device)
-            batch[k] = torch.where(has.view(-1, *[1] * (x.ndim - 1)), x, x[has][:1])
+        for name, has in zip(self.names, present.T):  # any sample that is there fills the places of those that are not
+            if (x := batch.get(name)) is not None:
+                has = has.to(x.device)
+                batch[name] = torch.where(has.view(-1, *[1] * (x.ndim - 1)), x, x[has][:1])
     check_batch(batch, self.modalities)
     z = self.scale(encode_all(self.autoencoders, batch))
     return z if present is None else torch.where(present[:, self.denoiser.owner], z, 0.)
@@ -434,7 +436,7 @@ def load_model(
     if config.pop("kind", None) != kind.__name__: raise CorruptFile(f"{path} holds no {kind.__name__}")
     for module in config.pop("modules"):
         if module.startswith("mld."): import_module(module)  # registers its architectures
-    modalities = [Modality(**{k: tuple(v) if isinstance(v, list) else v for k, v in m.items()}) for m in config.pop("modalities")]
+    modalities = [Modality(**m) for m in config.pop("modalities")]
     model = kind(modalities, **config)
     model.load_state_dict(tensors)
     return model

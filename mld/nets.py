@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import math, os, warnings
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
+from .modality import first_line
 
 # %% ../nbs/03_nets.ipynb #294abe05
 class GroupNorm(nn.GroupNorm):
@@ -223,7 +224,6 @@ def compiled(
         with config.patch(room): out = fast(*example)
         if out.requires_grad: torch.autograd.grad(out.sum(), list(method.__self__.parameters()), allow_unused=True)
     except Exception as e:
-        why = (str(e).strip() or type(e).__name__).splitlines()[0]
-        warnings.warn(f"{type(method.__self__).__name__}.{method.__name__} is not compiled, which costs time and changes nothing else: {why}")
+        warnings.warn(f"{type(method.__self__).__name__}.{method.__name__} is not compiled, which costs time and changes nothing else: {first_line(e)}")
         return method
     return fast if mode == "default" else lambda *args: fast(*args).clone()  # a graph writes all its answers to one place

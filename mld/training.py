@@ -22,7 +22,7 @@ from safetensors.torch import load, save_file
 from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
-from .modality import as_python, lookup
+from .modality import as_python, first_line, lookup
 
 # %% ../nbs/06_training.ipynb #ccc52f18
 @contextmanager
@@ -325,8 +325,7 @@ class Trainer:
         self.index = self.index.clone()  # a place of its own, to which others will be copied
         try: self.replay = capture(self.work, self.generator)
         except Exception as e:
-            why = (str(e).strip() or type(e).__name__).splitlines()[0]
-            warnings.warn(f"steps are not captured as a CUDA graph, which costs time and changes nothing else: {why}")
+            warnings.warn(f"steps are not captured as a CUDA graph, which costs time and changes nothing else: {first_line(e)}")
             self.generator = torch.Generator(self.device)
             self.generator.set_state(state)
 
